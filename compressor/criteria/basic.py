@@ -1,0 +1,39 @@
+"""The paper's criterion and its plain rivals. None of them sees the model's loss."""
+
+from __future__ import annotations
+
+import torch
+
+from compressor.criteria.registry import Values, register
+from compressor.types import Scores
+
+
+@register("gt-fep", "φ = H + ½ Σ mutual information with the layer's other heads (arXiv 2605.09515, eq. 4)")
+def gt_fep(scores: Scores, seed: int) -> Values:
+    """The paper's φ."""
+    return [layer.phi.tolist() for layer in scores.layers]
+
+
+@register("entropy", "H, the entropy of the keys a head attends to most, alone")
+def entropy(scores: Scores, seed: int) -> Values:
+    """φ without its interactions."""
+    return [layer.entropy.tolist() for layer in scores.layers]
+
+
+@register("bos-sink", "1 − mean attention mass on the first key: sinks go first (after arXiv 2601.06787)")
+def bos_sink(scores: Scores, seed: int) -> Values:
+    """What a head does besides attending to the first token."""
+    return [(1.0 - layer.first_key_mass).tolist() for layer in scores.layers]
+
+
+@register("magnitude", "L2 norm of the head's slice of the output projection")
+def magnitude(scores: Scores, seed: int) -> Values:
+    """How much a head can write into the residual stream."""
+    return [layer.output_norm.tolist() for layer in scores.layers]
+
+
+@register("random", "a seeded draw: what any criterion has to beat")
+def random(scores: Scores, seed: int) -> Values:
+    """Uniform draws, the same for the same seed and shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(len(layer.phi), generator=generator, dtype=torch.float64).tolist() for layer in scores.layers]

@@ -1,0 +1,56 @@
+"""The one place where pruning criteria are known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from compressor.errors import RecipeError
+from compressor.files import did_you_mean
+from compressor.types import HeadScores, Scores
+
+Values = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named rule that turns a scoring run into one number per head; the lowest are removed first."""
+
+    name: str
+    summary: str
+    values: Callable[[Scores, int], Values]
+
+    def __call__(self, scores: Scores, seed: int = 0) -> HeadScores:
+        """Score every head; `seed` matters to criteria that draw."""
+        return HeadScores(self.name, tuple(tuple(layer) for layer in self.values(scores, seed)))
+
+
+_REGISTRY: dict[str, Criterion] = {}
+
+
+def register(name: str, summary: str) -> Callable[[Callable[[Scores, int], Values]], Callable[[Scores, int], Values]]:
+    """Enter a function `(scores, seed) -> [layers][heads]` under a name nobody has yet."""
+
+    def enter(values: Callable[[Scores, int], Values]) -> Callable[[Scores, int], Values]:
+        if name in _REGISTRY:
+            raise ValueError(f"there is already a criterion named {name!r}")
+        _REGISTRY[name] = Criterion(name, summary, values)
+        return values
+
+    return enter
+
+
+def criterion(name: str) -> Criterion:
+    """Look a criterion up.
+
+    Raises:
+        RecipeError: nobody has that name.
+    """
+    if name not in _REGISTRY:
+        raise RecipeError(f"unknown criterion {name!r}{did_you_mean(name, _REGISTRY)}; known: {', '.join(_REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def criteria() -> tuple[Criterion, ...]:
+    """All criteria, in the order in which they were registered."""
+    return tuple(_REGISTRY.values())

@@ -1,0 +1,87 @@
+"""What a scoring epoch accumulates: joint histograms, and symbol tables where a histogram would not fit or not suffice."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import cast
+
+import torch
+from torchmetrics import Metric
+
+from compressor.game.entropy import pair_entropies, plugin_entropy
+
+
+class PairHistogram(Metric):
+    """Dense joint histograms of all pairs of one layer's heads, on the metric's device; merging devices is a sum.
+
+    State: `singles` [heads, alphabet] and `pairs` [C(heads, 2), alphabet, alphabet], int64.
+    """
+
+    full_state_update = False
+    singles: torch.Tensor
+    pairs: torch.Tensor
+
+    def __init__(self, num_heads: int, alphabet: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.alphabet = alphabet
+        index = torch.tensor(list(combinations(range(num_heads), 2)), dtype=torch.long).reshape(-1, 2)
+        self.register_buffer("index", index.T.contiguous(), persistent=False)
+        self.add_state("singles", torch.zeros(num_heads, alphabet, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state(
+            "pairs", torch.zeros(index.shape[0], alphabet, alphabet, dtype=torch.int64), dist_reduce_fx="sum"
+        )
+
+    @staticmethod
+    def bytes(num_heads: int, alphabet: int) -> int:
+        """Size of the state."""
+        return 8 * alphabet * (num_heads + num_heads * (num_heads - 1) // 2 * alphabet)
+
+    def update(self, symbols: torch.Tensor) -> None:
+        """Count symbols [observations, heads], integers from 0 to alphabet − 1."""
+        columns = symbols.T
+        self._count(self.singles, columns)
+        first, second = cast(torch.Tensor, self.index)
+        self._count(self.pairs, columns[first] * self.alphabet + columns[second])
+
+    def compute(self) -> torch.Tensor:
+        """Joint entropies of all pairs, float64 [heads, heads] on the CPU, in nats; the diagonal holds the singles."""
+        result = torch.diag(plugin_entropy(self.singles).cpu())
+        first, second = cast(torch.Tensor, self.index).cpu()
+        result[first, second] = result[second, first] = plugin_entropy(self.pairs.flatten(1)).cpu()
+        return result
+
+    @staticmethod
+    def _count(histograms: torch.Tensor, symbols: torch.Tensor) -> None:
+        """Add symbols [rows, observations] to as many histograms."""
+        flat = histograms.view(symbols.shape[0], -1)
+        flat.scatter_add_(1, symbols, torch.ones_like(symbols))
+
+
+class SymbolTable(Metric):
+    """The symbols themselves, for joint entropies of any order; merging devices is a concatenation.
+
+    Rows are [heads] for symbols that are numbers, or [heads, width] where a whole tuple is one symbol.
+    """
+
+    full_state_update = False
+    rows: list[torch.Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, symbols: torch.Tensor) -> None:
+        """Keep symbols [observations, heads] or [observations, heads, width], integers below 2³¹."""
+        self.rows.append(symbols.to(torch.int32))
+
+    def compute(self) -> torch.Tensor:
+        """Compact ids of the symbols, int64 [observations, heads]: equal ids for equal symbols of a head."""
+        # After a merge over devices torchmetrics leaves one tensor in place of the list.
+        rows = self.rows if isinstance(self.rows, torch.Tensor) else torch.cat(self.rows)
+        columns = [torch.unique(column, dim=0, return_inverse=True)[1] for column in rows.unbind(1)]
+        return torch.stack(columns, dim=1)
+
+    def pair_entropies(self) -> torch.Tensor:
+        """The same as `PairHistogram.compute`, from the table."""
+        return pair_entropies(self.compute())

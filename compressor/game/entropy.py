@@ -1,0 +1,78 @@
+"""Counts → plug-in Shannon entropies, in nats and float64. Plug-in estimates keep every identity of the game exact."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+CHUNK = 1 << 22  # counts turned into float64 at one time
+
+
+def plugin_entropy(counts: torch.Tensor) -> torch.Tensor:
+    """Entropy of the distributions whose counts run along the last axis: int [..., K] → float64 [...].
+
+    H = ln N − Σ c·ln c / N, and 0 where nothing was counted.
+    """
+    rows = counts.reshape(-1, counts.shape[-1])
+    size = max(1, CHUNK // max(1, rows.shape[-1]))
+    parts = []
+    for chunk in rows.split(size):
+        weights = chunk.double()
+        total = weights.sum(-1)
+        parts.append(torch.where(total > 0, total.log() - torch.xlogy(weights, weights).sum(-1) / total, 0.0))
+    return torch.cat(parts).clamp(min=0.0).reshape(counts.shape[:-1])
+
+
+def as_symbols(symbols: ArrayLike | torch.Tensor) -> torch.Tensor:
+    """Turn an integer array [observations, heads] into compact ids, int64 on its own device: per head 0, 1, 2 ….
+
+    Raises:
+        ValueError: the array is not of integers, not two-dimensional, or empty.
+    """
+    table = symbols if isinstance(symbols, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(symbols))
+    if table.ndim != 2 or table.is_floating_point() or table.is_complex() or not table.numel():
+        raise ValueError(
+            f"symbols are {table.dtype} {list(table.shape)}; expected integers [observations, heads], at least one of each"
+        )
+    columns = [torch.unique(column, return_inverse=True)[1] for column in table.unbind(1)]
+    return torch.stack(columns, dim=1)
+
+
+def entropies(symbols: ArrayLike | torch.Tensor) -> torch.Tensor:
+    """Entropy H_i of each head's symbols: integers [observations, heads] → float64 [heads], in nats."""
+    return torch.stack([_entropy_of(column) for column in as_symbols(symbols).unbind(1)])
+
+
+def pair_entropies(symbols: ArrayLike | torch.Tensor) -> torch.Tensor:
+    """Joint entropies H_ij of all pairs, float64 [heads, heads], in nats; the diagonal holds H_i."""
+    columns = as_symbols(symbols).unbind(1)
+    result = torch.zeros(len(columns), len(columns), dtype=torch.float64)
+    for i, column in enumerate(columns):
+        result[i, i] = _entropy_of(column)
+    for i, j in combinations(range(len(columns)), 2):
+        result[i, j] = result[j, i] = _entropy_of(_join(columns[i], columns[j]))
+    return result
+
+
+def triple_entropies(symbols: ArrayLike | torch.Tensor) -> torch.Tensor:
+    """Joint entropies H_ijk of all triples i < j < k in lexicographic order, float64 [C(heads, 3)], in nats."""
+    columns = as_symbols(symbols).unbind(1)
+    result = []
+    for i, j in combinations(range(len(columns)), 2):
+        if j + 1 == len(columns):
+            continue
+        pair = torch.unique(_join(columns[i], columns[j]), return_inverse=True)[1]  # compact: no product overflows
+        result += [_entropy_of(_join(pair, column)) for column in columns[j + 1 :]]
+    return torch.stack(result) if result else torch.zeros(0, dtype=torch.float64)
+
+
+def _join(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """One id for each pair of compact ids; both are below the number of observations, so their product fits."""
+    return left * (right.max() + 1) + right
+
+
+def _entropy_of(ids: torch.Tensor) -> torch.Tensor:
+    return plugin_entropy(torch.unique(ids, return_counts=True)[1]).cpu()

@@ -1,0 +1,93 @@
+"""The nouns that cross station boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Task = str  # "causal" or "masked"
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """What a scoring epoch found out about one layer of H heads. Entropies and dividends are in nats, float64.
+
+    `triple_dividends` are those of i < j < k in lexicographic order, or None on layers where they were not asked for.
+    """
+
+    phi: torch.Tensor  # [H]
+    entropy: torch.Tensor  # [H]
+    pair_dividends: torch.Tensor  # [H, H], zero diagonal
+    triple_dividends: torch.Tensor | None  # [C(H, 3)]
+    first_key_mass: torch.Tensor  # [H] mean attention mass on the first key
+    output_norm: torch.Tensor  # [H] L2 norm of the head's slice of the output projection
+    observations: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The outcome of a scoring run: one `LayerScores` per attention layer, and the facts that identify the run."""
+
+    layers: tuple[LayerScores, ...]
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """One number per head, `[layers][heads]`; the heads with the lowest go first."""
+
+    criterion: str
+    values: tuple[tuple[float, ...], ...]
+
+    @property
+    def heads_per_layer(self) -> tuple[int, ...]:
+        """Number of heads in each layer."""
+        return tuple(len(layer) for layer in self.values)
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which query heads leave which layer, in the numbering of the model that was scored, and why."""
+
+    heads: Mapping[int, tuple[int, ...]]
+    criterion: str
+    ratio: float
+    scope: str  # "layer" or "global"
+    heads_per_layer: tuple[int, ...]  # before pruning
+    allow_empty: bool = False
+    seed: int | None = None  # of the draw, where the criterion is random
+
+    @property
+    def removed(self) -> int:
+        """Number of heads removed in all."""
+        return sum(len(heads) for heads in self.heads.values())
+
+    @property
+    def total(self) -> int:
+        """Number of heads before pruning."""
+        return sum(self.heads_per_layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        return {
+            "criterion": self.criterion,
+            "ratio": self.ratio,
+            "scope": self.scope,
+            "allow_empty": self.allow_empty,
+            "seed": self.seed,
+            "heads_per_layer": list(self.heads_per_layer),
+            "removed_heads": self.removed,
+            "total_heads": self.total,
+            "heads": {str(layer): list(heads) for layer, heads in sorted(self.heads.items())},
+        }
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one model costs and what it is worth; every figure carries its unit in its name."""
+
+    name: str
+    figures: Mapping[str, Any] = field(default_factory=dict)
