@@ -1,0 +1,52 @@
+"""Make a transformer smaller by removing attention heads, and learn honestly what it cost.
+
+The public names, stable from now on:
+
+- `attention_layers(model)`: where a model's heads sit.
+- `prune_heads(model, {layer: [head, …]})`: remove heads from the weights, in place.
+- `score(...)`, `prune(...)`, `bench(...)`, `run(...)`: the verbs of the command line.
+- `load(path)`: a model, dense or pruned.
+- `compressor.game`: entropies, dividends and φ on bare arrays.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressor.attention import AttentionLayer, attention_layers, prune_heads
+    from compressor.errors import CompressorError
+    from compressor.loading import load
+    from compressor.pipeline import bench, prune, run, score
+
+__all__ = [
+    "AttentionLayer",
+    "CompressorError",
+    "attention_layers",
+    "bench",
+    "load",
+    "prune",
+    "prune_heads",
+    "run",
+    "score",
+]
+
+# Imported on first use: `compress --help` must not wait for torch.
+_HOMES = {
+    "AttentionLayer": "compressor.attention",
+    "attention_layers": "compressor.attention",
+    "prune_heads": "compressor.attention",
+    "CompressorError": "compressor.errors",
+    "load": "compressor.loading",
+    "bench": "compressor.pipeline",
+    "prune": "compressor.pipeline",
+    "run": "compressor.pipeline",
+    "score": "compressor.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'compressor' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -13,8 +13,8 @@ SCOPES = ("layer", "global")
 def heads_to_remove(ratio: float, heads: int) -> int:
     """⌈ratio · heads⌉, the paper's rule: at 5 % one head of twelve, at 20 % three of twelve.
 
-    Rounding up, not to nearest, lets small ratios remove at least one head. Floating-point dust (0.2 · 5 = 1.0000000002)
-    does not count as a further head.
+    Rounding up, not to nearest, lets small ratios remove at least one head. Floating-point dust (a product of
+    1.0000000002) does not count as a further head.
     """
     return math.ceil(ratio * heads - 1e-9)
 
@@ -39,9 +39,11 @@ def allocate(
     if scope not in SCOPES:
         raise PlanError(f"scope is {scope!r}; expected one of {', '.join(SCOPES)}")
     if not all(math.isfinite(value) for layer in scores.values for value in layer):
-        raise PlanError(f"criterion {scores.criterion} gave scores that are not finite; the model or its data is broken")
+        raise PlanError(
+            f"criterion {scores.criterion} gave scores that are not finite; the model or its data is broken"
+        )
     spare = 0 if allow_empty else 1
-    ranked = [sorted(range(len(layer)), key=lambda head, layer=layer: layer[head]) for layer in scores.values]
+    ranked = [sorted(range(len(layer)), key=layer.__getitem__) for layer in scores.values]
     removable = [order[: max(0, len(order) - spare)] for order in ranked]
     if scope == "layer":
         heads = {
@@ -50,13 +52,15 @@ def allocate(
         }
     else:
         wanted = heads_to_remove(ratio, sum(scores.heads_per_layer))
-        pool = sorted((scores.values[index][head], index, head) for index, order in enumerate(removable) for head in order)
+        pool = sorted(
+            (scores.values[index][head], index, head) for index, order in enumerate(removable) for head in order
+        )
         if wanted > len(pool):
             raise PlanError(
-                f"ratio {ratio:g} asks for {wanted} of {sum(scores.heads_per_layer)} heads, but only {len(pool)} can go "
-                "while every layer keeps one; lower the ratio or allow empty layers"
+                f"ratio {ratio:g} asks for {wanted} of {sum(scores.heads_per_layer)} heads, but only {len(pool)} can "
+                "go while every layer keeps one; lower the ratio or allow empty layers"
             )
-        heads = {index: () for index in range(len(ranked))}
+        heads = dict.fromkeys(range(len(ranked)), ())
         for _, index, head in pool[:wanted]:
             heads[index] = tuple(sorted((*heads[index], head)))
     heads = {index: chosen for index, chosen in heads.items() if chosen}

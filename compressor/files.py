@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,9 @@ def check_target(target: Path, force: bool) -> None:
     if not force:
         raise ArtefactError(f"{target} is not empty; choose another --output-dir, or --force to replace it")
     if not (target / RUN_FILE).is_file():
-        raise ArtefactError(f"{target} was not written by compressor (it has no {RUN_FILE}), so --force leaves it alone")
+        raise ArtefactError(
+            f"{target} was not written by compressor (it has no {RUN_FILE}), so --force leaves it alone"
+        )
 
 
 @contextmanager
@@ -80,6 +82,7 @@ def staged_directory(target: Path, force: bool = False) -> Iterator[Path]:
     """
     target = target.absolute()
     check_target(target, force)
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -93,6 +96,9 @@ def staged_directory(target: Path, force: bool = False) -> Iterator[Path]:
         raise ArtefactError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # not empty: somebody's work is in it
+                parent.rmdir()
 
 
 def next_directory(parent: Path, name: str) -> Path:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-Task = str  # "causal" or "masked"
+Task = Literal["causal", "masked"]
 
 
 @dataclass(frozen=True)

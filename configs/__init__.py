@@ -1,0 +1,1 @@
+"""Recipes; shipped as `compressor/configs`."""

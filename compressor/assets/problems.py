@@ -19,8 +19,8 @@ FOODS = "apples pears plums oranges lemons peaches cookies muffins rolls figs ta
 BAKED = "cookies muffins rolls tarts cupcakes pies pancakes scones buns waffles"
 PLANTS = "tomato bean pepper melon pumpkin strawberry cucumber pea"
 DAYS = "Monday Tuesday Wednesday Thursday Friday"
-WEARS = "jacket, coat, bag, lamp, clock, chair, helmet, tent, watch, radio"
-GROUPS = "friends, cousins, neighbors, teammates, classmates"
+WEARS = "jacket coat bag lamp clock chair helmet tent watch radio"
+GROUPS = "friends cousins neighbors teammates classmates"
 TIMES = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}
 PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
 
@@ -55,10 +55,8 @@ class Draw:
         return self._random.randrange(low, high + 1, step)
 
     def pick(self, *options: str) -> str:
-        """One of the options; a lone option is a list of them, divided by commas, or by blanks if it has no comma."""
-        if len(options) == 1:
-            options = tuple(options[0].split(", " if "," in options[0] else " "))
-        return self._random.choice(options)
+        """One of the options; a lone option is a list of words."""
+        return self._random.choice(options if len(options) > 1 else options[0].split())
 
     def two(self, options: str) -> list[str]:
         """Two different words of a blank-separated list."""
@@ -93,7 +91,7 @@ def template(function: Template) -> Template:
 @template
 def _packs_and_gift(d: Draw) -> Draft:
     (a, b), things, packs, each = d.people(2), d.pick(THINGS), d.number(3, 9), d.number(4, 12)
-    total, box = packs * each, d.pick("bags", "boxes", "packs", "tins")
+    total, box = packs * each, d.pick("bags boxes packs tins")
     gift = d.number(2, total - 2)
     return (
         f"{a.name} buys {packs} {box} of {things} with {each} {things} in each. {a.He} gives {gift} of them to "
@@ -160,7 +158,7 @@ def _discount(d: Draw) -> Draft:
 @template
 def _two_rates_of_pay(d: Draw) -> Draft:
     a, rate, extra, n, m = d.person(), d.number(8, 20), d.number(2, 8), d.number(10, 35), d.number(2, 9)
-    job = d.pick("waiter", "painter", "gardener", "cleaner", "driver", "baker", "tutor")
+    job = d.pick("waiter painter gardener cleaner driver baker tutor")
     late = rate + extra
     return (
         f"{a.name} works as a {job} for ${rate} an hour. On weekends {a.he} earns ${extra} more per hour. "
@@ -179,7 +177,7 @@ def _two_rates_of_pay(d: Draw) -> Draft:
 def _saving_up(d: Draw) -> Draft:
     a, thing, weekly, weeks, gift = d.person(), d.pick(WEARS), d.number(3, 15), d.number(4, 12), d.number(5, 30)
     saved, short = weekly * weeks + gift, d.number(5, 60)
-    relative = d.pick("aunt", "uncle", "grandmother", "grandfather")
+    relative = d.pick("aunt uncle grandmother grandfather")
     return (
         f"{a.name} wants a {thing} that costs ${saved + short}. {a.He} saves ${weekly} a week for {weeks} weeks, and "
         f"{a.his} {relative} gives {a.name} ${gift}. How many dollars are still missing?",
@@ -280,7 +278,7 @@ def _ages(d: Draw) -> Draft:
 def _reading(d: Draw) -> Draft:
     a, early, days, pace, more = d.person(), d.number(5, 20), d.number(2, 6), d.number(8, 30), d.number(2, 9)
     read, rest = early * days, pace * more
-    book = d.pick("novel", "book", "comic", "diary", "guide")
+    book = d.pick("novel book comic diary guide")
     return (
         f"{a.name} is reading a {book} of {read + rest} pages. In the first {days} days {a.he} reads {early} pages a "
         f"day, and after that {pace} pages a day. How many more days does {a.he} need to finish the {book}?",
@@ -313,7 +311,7 @@ def _garden(d: Draw) -> Draft:
 @template
 def _recipe(d: Draw) -> Draft:
     a, foods, cups, times, have = d.person(), d.pick(BAKED), d.number(3, 7), d.number(3, 9), d.number(2, 7)
-    stuff, need = d.pick("flour", "sugar", "milk", "oats", "rice"), cups * times
+    stuff, need = d.pick("flour sugar milk oats rice"), cups * times
     return (
         f"One tray of {foods} takes {cups} cups of {stuff}. {a.name} wants to make {times} trays and has {have} cups "
         f"of {stuff} at home. How many more cups of {stuff} does {a.he} have to buy?",
@@ -328,7 +326,7 @@ def _recipe(d: Draw) -> Draft:
 @template
 def _fence(d: Draw) -> Draft:
     a, x, y, price = d.person(), d.number(5, 30), d.number(5, 30), d.number(2, 12)
-    around, place = 2 * (x + y), d.pick("garden", "field", "yard", "playground", "meadow")
+    around, place = 2 * (x + y), d.pick("garden field yard playground meadow")
     return (
         f"{a.name} puts a fence around a {place} that is {x} meters long and {y} meters wide. One meter of fence costs "
         f"${price}. What does the fence cost?",
@@ -344,7 +342,7 @@ def _fence(d: Draw) -> Draft:
 @template
 def _tiles(d: Draw) -> Draft:
     x, y, box, boxes = d.number(3, 9), d.number(3, 9), d.number(2, 8), d.number(3, 8)
-    room, price = d.pick("kitchen", "bathroom", "hall", "cellar", "balcony"), d.number(3, 9)
+    room, price = d.pick("kitchen bathroom hall cellar balcony"), d.number(3, 9)
     return (
         f"The floor of a {room} measures {x} meters by {y} meters. Tiles cost ${price} per square meter, and a worker "
         f"takes ${box} per square meter to lay them. What do {boxes} such floors cost in all?",
@@ -361,7 +359,7 @@ def _tiles(d: Draw) -> Draft:
 @template
 def _stops(d: Draw) -> Draft:
     start, on, off, more = d.number(20, 60), d.number(3, 15), d.number(3, 15), d.number(3, 15)
-    ride = d.pick("bus", "train", "tram", "ferry")
+    ride = d.pick("bus train tram ferry")
     one, two = start - off + on, start - off + on + more
     return (
         f"A {ride} leaves with {start} people. At the first stop {off} people get off and {on} get on. At the second "
@@ -379,7 +377,7 @@ def _stops(d: Draw) -> Draft:
 def _eggs_by_the_dozen(d: Draw) -> Draft:
     a, hens, days, price = d.person(), d.number(12, 48, 12), d.number(2, 6), d.number(2, 6)
     eggs = hens * days
-    bird = d.pick("hens", "ducks", "geese")
+    bird = d.pick("hens ducks geese")
     return (
         f"{a.name} keeps {hens} {bird}, and each lays an egg a day. {a.He} sells the eggs of {days} days at ${price} "
         f"per dozen. How much money does {a.he} make?",
@@ -395,7 +393,7 @@ def _eggs_by_the_dozen(d: Draw) -> Draft:
 @template
 def _tickets(d: Draw) -> Draft:
     adult, child, n, m = d.number(6, 20, 2), d.number(2, 5), d.number(2, 6), d.number(2, 9)
-    place, maps, fee = d.pick("zoo", "museum", "circus", "theater", "pool"), d.number(2, 6), d.number(2, 4)
+    place, maps, fee = d.pick("zoo museum circus theater pool"), d.number(2, 6), d.number(2, 4)
     entry = n * adult + m * child
     return (
         f"At the {place} a ticket costs ${adult} for adults and ${child} for children. A group of {n} adults and {m} "
@@ -413,7 +411,7 @@ def _tickets(d: Draw) -> Draft:
 @template
 def _library(d: Draw) -> Draft:
     shelves, each, out, back = d.number(4, 12), d.number(15, 40), d.number(20, 55), d.number(4, 18)
-    total, what = shelves * each, d.pick("books", "films", "maps", "records")
+    total, what = shelves * each, d.pick("books films maps records")
     return (
         f"A library has {shelves} shelves with {each} {what} each. In the morning {out} {what} are borrowed, and in "
         f"the afternoon {back} come back. How many {what} are in the library in the evening?",
@@ -429,7 +427,7 @@ def _library(d: Draw) -> Draft:
 @template
 def _leaky_tank(d: Draw) -> Draft:
     flow, leak, minutes = d.number(8, 25), d.number(2, 6), d.number(5, 20)
-    what, start = d.pick("tank", "pool", "barrel", "pond"), d.number(10, 90, 10)
+    what, start = d.pick("tank pool barrel pond"), d.number(10, 90, 10)
     net = flow - leak
     return (
         f"A {what} holds {start} liters. A pipe adds {flow} liters a minute, but {leak} liters a minute leak out. How "
@@ -447,7 +445,7 @@ def _leaky_tank(d: Draw) -> Draft:
 def _minutes_left(d: Draw) -> Draft:
     a, hours, x, y = d.person(), d.number(2, 4), d.number(15, 45, 5), d.number(10, 40, 5)
     left = hours * 60 - x - y
-    one, two = d.pick("cleaning, cooking, painting, reading"), d.pick("homework, shopping, music, gardening")
+    one, two = d.pick("cleaning cooking painting reading"), d.pick("homework shopping music gardening")
     return (
         f"{a.name} has {hours} hours before {d.pick('dinner', 'the game', 'the party', 'bedtime')}. {a.He} spends {x} "
         f"minutes on {one} and {y} minutes on {two}. How many minutes are left?",
@@ -532,7 +530,7 @@ def _percent_pass(d: Draw) -> Draft:
 @template
 def _laps(d: Draw) -> Draft:
     (a, b), lap, n, days, extra = d.people(2), d.number(100, 400, 50), d.number(3, 9), d.number(2, 6), d.number(2, 6)
-    verb, mine = d.pick("runs", "swims", "walks", "skates"), n * days
+    verb, mine = d.pick("runs swims walks skates"), n * days
     his = mine + extra
     return (
         f"One lap is {lap} meters. {a.name} {verb} {n} laps a day for {days} days, and {b.name} {verb} {extra} laps "
@@ -599,7 +597,7 @@ def _album(d: Draw) -> Draft:
 @template
 def _cut_pieces(d: Draw) -> Draft:
     a, piece, n, waste, price = d.person(), d.number(4, 25), d.number(4, 15), d.number(2, 9), d.number(2, 9)
-    what, total = d.pick("ribbon", "rope", "wire", "cloth", "string"), piece * n
+    what, total = d.pick("ribbon rope wire cloth string"), piece * n
     return (
         f"{a.name} cuts {waste} centimeters off a {what} of {total + waste} centimeters and divides the rest into "
         f"pieces of {piece} centimeters. {a.He} sells every piece for ${price}. How much does {a.he} earn?",
@@ -616,7 +614,7 @@ def _cut_pieces(d: Draw) -> Draft:
 def _average(d: Draw) -> Draft:
     a, mean, x, y, gap = d.person(), d.number(60, 90), d.number(2, 15), d.number(2, 15), d.number(3, 20)
     one, two, three = mean + x, mean - y, mean - x + y
-    subject = d.pick("math", "history", "music", "spelling", "science")
+    subject = d.pick("math history music spelling science")
     return (
         f"{a.name} writes three {subject} tests and gets {one}, {two} and {three} points. How many points above the "
         f"class average of {mean - gap} is {a.his} own average?",
@@ -653,7 +651,7 @@ def _split_bill(d: Draw) -> Draft:
     total = count * meal
     tip, drink = count * d.number(2, 4), d.number(2, 6)
     each = (total + tip) // count
-    dish = d.pick("pizza", "dinner", "lunch", "brunch", "supper")
+    dish = d.pick("pizza dinner lunch brunch supper")
     return (
         f"{a.name} and {a.his} {who}, {count} people in all, have {dish} for ${total}. They add a tip of ${tip} and "
         f"split the sum evenly. {a.name} also buys a drink for ${drink}. How much does {a.he} spend?",
@@ -688,7 +686,7 @@ def _free_places(d: Draw) -> Draft:
 @template
 def _training_plan(d: Draw) -> Draft:
     a, start, more, day = d.person(), d.number(5, 40), d.number(2, 10), d.pick(DAYS)
-    what = d.pick("push-ups, sit-ups, jumps, squats, pull-ups")
+    what = d.pick("push-ups sit-ups jumps squats pull-ups")
     two, three = start + more, start + 2 * more
     total = start + two + three
     return (

@@ -1,4 +1,4 @@
-"""Attention for layers whose query heads share key/value heads unevenly, as arbitrary pruning of grouped queries leaves.
+"""Attention for layers whose query heads share key/value heads unevenly, as pruning of grouped queries may leave them.
 
 Stock implementations repeat every key/value head equally often. A pruned layer that no longer fits that keeps its small
 projections and its small cache, and its keys and values are spread over the query heads just before attention.

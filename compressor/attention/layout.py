@@ -91,7 +91,8 @@ class EmptyAttention(nn.Module):
         if output is None:  # the projection follows elsewhere and adds its own bias
             return hidden_states[..., :0], None
         result = hidden_states.new_zeros(*hidden_states.shape[:-1], features(output)[1])
-        return (result if output.bias is None else result + output.bias), None
+        bias = output.bias
+        return (result + bias if isinstance(bias, torch.Tensor) else result), None
 
 
 def attention_layers(model: PreTrainedModel) -> Sequence[AttentionLayer]:
@@ -131,7 +132,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear module; `Conv1D` keeps its weight as [inputs, outputs], `Linear` transposed."""
-    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    rows, columns = module.weight.shape  # type: ignore[misc]
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
@@ -195,3 +196,14 @@ def _refuse_strangers(qualified: str, module: nn.Module, known: list[str], head_
         full = f"{qualified}.{name}"
         if not any(full.startswith(f"{projection}.") for projection in known) and parameter.shape != (head_dim,):
             raise ModelError(f"{full} {list(parameter.shape)} may belong to single heads and cannot be cut yet")
+
+
+def head_output_norms(model: PreTrainedModel, layer: AttentionLayer) -> torch.Tensor:
+    """L2 norm of each head's slice of the output projection, float64 [heads] on the CPU."""
+    module = model.get_submodule(layer.output_projection)
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    by_input = weight.detach() if isinstance(module, Conv1D) else weight.detach().T
+    slices = by_input.reshape(layer.num_heads, -1).double()
+    norms: torch.Tensor = torch.linalg.vector_norm(slices, dim=-1)
+    return norms.cpu()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -123,9 +124,9 @@ def sequence_symbols(key: torch.Tensor, attention_mask: torch.Tensor, width: int
 class AttentionProbe:
     """Context manager under which a model's forward passes also tell what their heads attend to.
 
-    After a forward pass `observed[layer index]` holds an `Attended`; `take()` hands it over and empties it. Models whose
-    attention bypasses transformers' AttentionInterface are run eagerly and asked for their attention matrices, one
-    layer's at a time; `fallback` tells. On leaving, by whatever way, the model is as it was.
+    After a forward pass `observed[layer index]` holds an `Attended`; `take()` hands it over and empties it. Models
+    whose attention bypasses transformers' AttentionInterface are asked for their attention matrices, one layer's at a
+    time; `fallback` tells. On leaving, by whatever way, the model is as it was.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
@@ -192,7 +193,7 @@ class AttentionProbe:
         if not self.fallback:
             for index, module in modules.items():
                 _ACTIVE[module] = (self, index, implementation)
-                self._undo.append(lambda module=module: _ACTIVE.pop(module, None))
+                self._undo.append(partial(_ACTIVE.pop, module, None))
             self._undo.append(lambda: self.model.set_attn_implementation(implementation))
             self.model.set_attn_implementation(PROBE)
             return

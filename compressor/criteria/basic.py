@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from compressor.criteria.registry import Values, register
-from compressor.types import Scores
+from compressor.types import HeadScores, Scores
 
 
 @register("gt-fep", "φ = H + ½ Σ mutual information with the layer's other heads (arXiv 2605.09515, eq. 4)")
@@ -35,5 +37,11 @@ def magnitude(scores: Scores, seed: int) -> Values:
 @register("random", "a seeded draw: what any criterion has to beat")
 def random(scores: Scores, seed: int) -> Values:
     """Uniform draws, the same for the same seed and shape."""
+    return [list(layer) for layer in random_scores([len(layer.phi) for layer in scores.layers], seed).values]
+
+
+def random_scores(heads_per_layer: Sequence[int], seed: int) -> HeadScores:
+    """Uniform draws for layers of so many heads."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(len(layer.phi), generator=generator, dtype=torch.float64).tolist() for layer in scores.layers]
+    draws = (torch.rand(heads, generator=generator, dtype=torch.float64) for heads in heads_per_layer)
+    return HeadScores("random", tuple(tuple(layer.tolist()) for layer in draws))

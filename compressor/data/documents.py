@@ -4,9 +4,9 @@ import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from compressor.data.sources import Records, Source, Split, resolve
+from compressor.data.sources import Record, Records, Source, Split, resolve
 from compressor.errors import DataError
 
 Part = Literal["question", "answer", "both"]
@@ -46,13 +46,15 @@ def load_documents(data: str, part: Part, eval_data: str | None = None) -> Corpu
     Raises:
         DataError: data that cannot be found or read, or that leaves nothing to calibrate on or to evaluate with.
     """
+    if part not in get_args(Part):
+        raise DataError(f"part is {part!r}; expected one of {', '.join(get_args(Part))}")
     source = resolve(data)
     train = _calibration_split(source)
     evaluating = resolve(eval_data) if eval_data is not None else source
     test = _evaluation_split(evaluating)
     calibration = _documents(train, part)
     names = train.name, test.name
-    if eval_data is None and test is train:
+    if test is train:
         calibration, evaluation = hold_out(calibration)
         names = f"{train.name} (all but the held-out fifth)", f"{train.name} (the held-out fifth)"
     else:
@@ -85,7 +87,7 @@ def hold_out(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def choose(texts: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
     """Choose `count` texts at random, all if 0 or too few, in the order given; a larger choice holds every smaller."""
     order = list(range(len(texts)))
-    random.Random(seed).shuffle(order)
+    random.Random(str(seed)).shuffle(order)
     return tuple(texts[index] for index in sorted(order[: count or None]))
 
 
@@ -127,7 +129,7 @@ def _documents(split: Split, part: Part) -> tuple[str, ...]:
 
 
 def _texts(records: Records, part: Part, name: str) -> Iterable[str]:
-    """The text of every record that has one; the first record decides the form of all."""
+    """Yield the text of every record that has one; the first record decides the form of all."""
     if not records:
         return
     fields = records[0][1]
@@ -147,8 +149,7 @@ def _texts(records: Records, part: Part, name: str) -> Iterable[str]:
             yield form.format(*values)
 
 
-def _text(place: str, record: object, field: str) -> str:
-    assert isinstance(record, dict)
+def _text(place: str, record: Record, field: str) -> str:
     if field not in record:
         raise DataError(f"{place} has no field {field!r}, unlike the first record; add it or remove the record")
     value = record[field]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from compressor.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]
 
 Record = Mapping[str, object]
 Records = Sequence[tuple[str, Record]]  # (place for error messages, record)
@@ -85,14 +85,18 @@ def _folder(path: Path, name: str) -> Source:
         if files:
             splits[kind] = _split(files[0], f"{name}/{files[0].name}")
     if not splits:
-        raise DataError(f"{path} holds no train.*, validation.* or test.* file of kind {', '.join(_READERS)}; name a file")
+        raise DataError(
+            f"{path} holds no train.*, validation.* or test.* file of kind {', '.join(_READERS)}; name a file"
+        )
     return Source(name, splits)
 
 
 def _split(path: Path, name: str) -> Split:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"cannot read {path}: expected a file of kind {', '.join(_READERS)}; convert it to one of these")
+        raise DataError(
+            f"cannot read {path}: expected a file of kind {', '.join(_READERS)}; convert it to one of these"
+        )
 
     def read() -> Records:
         try:

@@ -1,4 +1,4 @@
-"""What a scoring epoch accumulates: joint histograms, and symbol tables where a histogram would not fit or not suffice."""
+"""What a scoring epoch accumulates: joint histograms, and tables of symbols where those would not fit or not do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from compressor.game.entropy import pair_entropies, plugin_entropy
 
@@ -46,9 +47,9 @@ class PairHistogram(Metric):
 
     def compute(self) -> torch.Tensor:
         """Joint entropies of all pairs, float64 [heads, heads] on the CPU, in nats; the diagonal holds the singles."""
-        result = torch.diag(plugin_entropy(self.singles).cpu())
+        result = torch.diag(plugin_entropy(self.singles))
         first, second = cast(torch.Tensor, self.index).cpu()
-        result[first, second] = result[second, first] = plugin_entropy(self.pairs.flatten(1)).cpu()
+        result[first, second] = result[second, first] = plugin_entropy(self.pairs.flatten(1))
         return result
 
     @staticmethod
@@ -77,8 +78,7 @@ class SymbolTable(Metric):
 
     def compute(self) -> torch.Tensor:
         """Compact ids of the symbols, int64 [observations, heads]: equal ids for equal symbols of a head."""
-        # After a merge over devices torchmetrics leaves one tensor in place of the list.
-        rows = self.rows if isinstance(self.rows, torch.Tensor) else torch.cat(self.rows)
+        rows = dim_zero_cat(self.rows)  # after a merge over devices it is one tensor already
         columns = [torch.unique(column, dim=0, return_inverse=True)[1] for column in rows.unbind(1)]
         return torch.stack(columns, dim=1)
 

@@ -1,4 +1,4 @@
-"""Entropies → Harsanyi dividends, with the signs of arXiv 2605.09515: above size one they are minus the Möbius transform.
+"""Entropies → Harsanyi dividends, with the signs of arXiv 2605.09515: minus the Möbius transform above size one.
 
 So a pair's dividend is its mutual information, and a triple's is negative for redundancy and positive for synergy.
 """
@@ -14,7 +14,7 @@ from compressor.game.entropy import pair_entropies, triple_entropies
 
 
 def pair_dividends(symbols: ArrayLike | torch.Tensor) -> torch.Tensor:
-    """Dividends Δ({i, j}) = H_i + H_j − H_ij of all pairs: integers [observations, heads] → float64 [heads, heads], nats.
+    """Dividends Δ({i, j}) = H_i + H_j − H_ij of all pairs, float64 [heads, heads], in nats.
 
     The diagonal is 0: a head makes no pair with itself.
     """

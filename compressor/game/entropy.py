@@ -8,22 +8,24 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-CHUNK = 1 << 22  # counts turned into float64 at one time
-
 
 def plugin_entropy(counts: torch.Tensor) -> torch.Tensor:
-    """Entropy of the distributions whose counts run along the last axis: int [..., K] → float64 [...].
+    """Entropy of the distributions whose counts run along the last axis: int [..., K] → float64 [...] on the CPU.
 
-    H = ln N − Σ c·ln c / N, and 0 where nothing was counted.
+    H = ln N − Σ c·ln c / N, and 0 where nothing was counted. Equal counts are gathered before the sum, so that the
+    result depends on which counts there are but not on where they lie: dense and sparse histograms give the same bits.
     """
     rows = counts.reshape(-1, counts.shape[-1])
-    size = max(1, CHUNK // max(1, rows.shape[-1]))
-    parts = []
-    for chunk in rows.split(size):
-        weights = chunk.double()
-        total = weights.sum(-1)
-        parts.append(torch.where(total > 0, total.log() - torch.xlogy(weights, weights).sum(-1) / total, 0.0))
-    return torch.cat(parts).clamp(min=0.0).reshape(counts.shape[:-1])
+    return torch.stack([_entropy_of_counts(row) for row in rows]).reshape(counts.shape[:-1])
+
+
+def _entropy_of_counts(row: torch.Tensor) -> torch.Tensor:
+    values, multiplicity = (part.cpu().double() for part in torch.unique(row[row > 0], return_counts=True))
+    total = (values * multiplicity).sum()
+    if total == 0:
+        return torch.zeros((), dtype=torch.float64)
+    entropy: torch.Tensor = total.log() - (multiplicity * values * values.log()).sum() / total
+    return entropy.clamp(min=0.0)
 
 
 def as_symbols(symbols: ArrayLike | torch.Tensor) -> torch.Tensor:
@@ -35,7 +37,7 @@ def as_symbols(symbols: ArrayLike | torch.Tensor) -> torch.Tensor:
     table = symbols if isinstance(symbols, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(symbols))
     if table.ndim != 2 or table.is_floating_point() or table.is_complex() or not table.numel():
         raise ValueError(
-            f"symbols are {table.dtype} {list(table.shape)}; expected integers [observations, heads], at least one of each"
+            f"symbols are {table.dtype} {list(table.shape)}; expected integers [observations, heads], none of them 0"
         )
     columns = [torch.unique(column, return_inverse=True)[1] for column in table.unbind(1)]
     return torch.stack(columns, dim=1)
@@ -75,4 +77,4 @@ def _join(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _entropy_of(ids: torch.Tensor) -> torch.Tensor:
-    return plugin_entropy(torch.unique(ids, return_counts=True)[1]).cpu()
+    return plugin_entropy(torch.unique(ids, return_counts=True)[1])

@@ -15,20 +15,16 @@ from compressor.errors import ModelError, RecipeError
 from compressor.measure._forward import evaluating, require_length
 
 # The names under which fvcore books operators that contract a dimension.
-_MATMUL_LIKE = frozenset(
-    {"addmm", "baddbmm", "bmm", "conv", "einsum", "linear", "matmul", "mm", "scaled_dot_product_attention"}
-)
-# Operators that are not tagged pointwise and still contract nothing: look-ups, reductions, scans, copies, views.
-_FREE = frozenset(
-    f"aten::{name}"
-    for name in (
-        "all amax amin any argmax argmin bincount cummax cumsum diff embedding expand_as fill_ histc index_add "
-        "index_add_ index_copy_ index_fill index_fill_ index_select lift_fresh log_softmax logsumexp masked_fill_ "
-        "masked_scatter mean min movedim new_ones norm numpy_T one_hot ones_like pad repeat repeat_interleave rms_norm "
-        "scatter scatter_ scatter_add scatter_add_ softmax sort sum swapaxes topk tril triu unflatten unfold var "
-        "view_as zero_"
-    ).split()
-)
+_CONTRACTIONS = "_grouped_mm addmm baddbmm bmm conv einsum linear matmul mm scaled_dot_product_attention"
+_MATMUL_LIKE = set(_CONTRACTIONS.split())
+# Operators that PyTorch does not tag as pointwise and that still contract nothing.
+_LOOKUPS_COPIES_AND_REDUCTIONS = """
+    all amax any argmax cumsum diff embedding empty_like histc index_add_ index_select log_softmax masked_fill_ mean
+    movedim new_ones one_hot ones_like pad repeat repeat_interleave rms_norm scatter_ softmax sort sum swapaxes topk
+    tril triu unflatten
+"""
+_FREE = {f"aten::{name}" for name in _LOOKUPS_COPIES_AND_REDUCTIONS.split()}
+_FREE.add("prim::PythonOp.GeLUFunction")  # Bloom's
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class FlopCount:
         attention: everything inside the named attention modules, projections and both T x T products.
         mlp: every other matrix product, convolution or einsum of the base model.
         lm_head: everything outside the base model.
-        other: the rest fvcore counts, fused norms for the most part. Elementwise work counts nothing.
+        other: the rest fvcore counts, layer norms for the most part. Elementwise work and RMS norms count nothing.
     """
 
     total: int
@@ -78,8 +74,9 @@ def _matmul_macs(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(_shape(outputs[0])) * _shape(inputs[0])[-1]
 
 
-def _baddbmm_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    return math.prod(_shape(inputs[1])) * _shape(inputs[2])[-1]
+def _stacked_matmul_macs(left: list[int], right: list[int]) -> int:
+    """[B, M, K] and [B, K, N], or rows [S, K] dealt out over experts [E, K, N]."""
+    return math.prod(left) * right[-1]
 
 
 def _costs_nothing(operator: str) -> bool:
@@ -134,7 +131,9 @@ def count_flops(
     modules = dict(model.named_modules())
     for name in attention_modules:
         if name not in modules:
-            raise ModelError(f"{type(model).__name__} has no module '{name}'; give qualified names from named_modules().")
+            raise ModelError(
+                f"{type(model).__name__} has no module '{name}'; give qualified names from named_modules()."
+            )
 
     with evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fvcore scripts and traces, both deprecated in PyTorch
@@ -147,7 +146,8 @@ def count_flops(
             **{
                 "aten::scaled_dot_product_attention": _attention_macs,
                 "aten::matmul": _matmul_macs,
-                "aten::baddbmm": _baddbmm_macs,
+                "aten::baddbmm": lambda inputs, _: _stacked_matmul_macs(*map(_shape, inputs[1:3])),
+                "aten::_grouped_mm": lambda inputs, _: _stacked_matmul_macs(*map(_shape, inputs[:2])),
             }
         )
         everything = _split(analysis.by_operator())

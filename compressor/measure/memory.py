@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,14 +49,16 @@ def peak_memory(model: nn.Module, input_ids: Tensor) -> int:
     # Under inference_mode composite operators would reach the tracker whole, and hide what they allocate inside.
     with evaluating(model), torch.no_grad():
         if input_ids.device.type == "cuda":
-            return _cuda_peak(lambda: model(input_ids=input_ids, use_cache=False), resident)
-        with _LiveStorages(resident) as storages:
+            with torch.cuda.device(input_ids.device):
+                return _cuda_peak(lambda: model(input_ids=input_ids, use_cache=False), resident)
+        storages = _LiveStorages(resident)
+        with storages:
             model(input_ids=input_ids, use_cache=False)
         return storages.peak
 
 
 def _cuda_peak(forward: Callable[[], object], resident: Iterable[Tensor]) -> int:
-    """What `resident` holds plus what the allocator adds at most, so that other models on the device do not count."""
+    """Add what the allocator gained at most to what `resident` holds; other models on the device do not count."""
     forward()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -65,14 +68,14 @@ def _cuda_peak(forward: Callable[[], object], resident: Iterable[Tensor]) -> int
     return _LiveStorages(resident).live + torch.cuda.max_memory_allocated() - before
 
 
-class _LiveStorages(TorchDispatchMode):
+class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages alive now and at most, from `resident` tensors on; the storages' own deaths are heard.
 
     After the idea of `torch.distributed._tools.mem_tracker`.
     """
 
     def __init__(self, resident: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -88,10 +91,10 @@ class _LiveStorages(TorchDispatchMode):
             storage = tensor.untyped_storage()
             address, size = storage._cdata, storage.nbytes()
             if address not in self._alive:
-                self._alive[address] = weakref.ref(storage, lambda _, key=address, size=size: self._forget(key, size))
+                self._alive[address] = weakref.ref(storage, partial(self._forget, address, size))
                 self.live += size
         self.peak = max(self.peak, self.live)
 
-    def _forget(self, address: int, size: int) -> None:
+    def _forget(self, address: int, size: int, _: weakref.ref[torch.UntypedStorage]) -> None:
         del self._alive[address]
         self.live -= size

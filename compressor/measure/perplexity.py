@@ -44,7 +44,9 @@ class TokenPerplexity(Metric):
             ValueError: the shapes do not belong together.
         """
         if logits.ndim != 3 or logits.shape[:2] != labels.shape:
-            raise ValueError(f"Got logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; want [B, T, V], [B, T].")
+            raise ValueError(
+                f"Got logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; want [B, T, V], [B, T]."
+            )
         for sequence, targets in zip(logits, labels, strict=True):
             for rows, wanted in zip(sequence.split(_ROWS), targets.split(_ROWS), strict=True):
                 losses = functional.cross_entropy(rows.float(), wanted, ignore_index=IGNORED, reduction="none")
@@ -79,4 +81,6 @@ class TokenPerplexity(Metric):
         """Follow the model to another device, never to another precision: `model.to(bfloat16)` would round the sums."""
         device = fn(torch.zeros((), device=self.device)).device
         wide = torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
-        return super()._apply(lambda state: state.to(device, wide if state.is_floating_point() else None), exclude_state)
+        return super()._apply(
+            lambda state: state.to(device, wide if state.is_floating_point() else None), exclude_state
+        )

@@ -101,35 +101,63 @@ def measure_throughput(
     for model in models.values():
         require_length(model, prompt_length + (new_tokens if causal else 0))
 
-    vocabulary = min(model.get_input_embeddings().num_embeddings for model in models.values())
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(vocabulary, (batch_size, prompt_length), generator=generator)
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    prompt = torch.randint(vocabulary, (batch_size, prompt_length), generator=torch.Generator().manual_seed(seed))
     names = list(models)
-    prefill: dict[str, list[float]] = {name: [] for name in names}
-    decode: dict[str, list[float]] = {name: [] for name in names}
-
-    def run(name: str, *, timed: bool) -> None:
-        model = models[name]
-        prompt_seconds, output = _timed(model.device, lambda: _prefill(model, prompt.to(model.device), causal))
-        if timed:
-            prefill[name].append(batch_size * prompt_length / prompt_seconds)
-            _step(on_step)
-        if causal:
-            decode_seconds, _ = _timed(model.device, lambda: _decode(model, output, new_tokens))
-            if timed:
-                decode[name].append(batch_size * new_tokens / decode_seconds)
-                _step(on_step)
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    decoded = new_tokens if causal else 0
 
     with ExitStack() as stack, torch.inference_mode():
-        for model in models.values():
-            stack.enter_context(evaluating(model))
         for name in names:
-            run(name, timed=False)
+            stack.enter_context(evaluating(models[name]))
+            _time_once(models[name], prompt, decoded, None)
         for repeat in range(repeats):
             first = repeat % len(names)
             for name in names[first:] + names[:first]:
-                run(name, timed=True)
-    return {
-        name: Throughput(Samples(tuple(prefill[name])), Samples(tuple(decode[name])) if causal else None)
-        for name in names
-    }
+                rates[name].append(_time_once(models[name], prompt, decoded, on_step))
+
+    def samples(name: str, part: int) -> Samples:
+        return Samples(tuple(rate[part] for rate in rates[name]))
+
+    return {name: Throughput(samples(name, 0), samples(name, 1) if causal else None) for name in names}
+
+
+def _time_once(
+    model: PreTrainedModel, prompt: Tensor, new_tokens: int, on_step: Callable[[], None] | None
+) -> tuple[float, float]:
+    """Prompt tokens and generated tokens per second; without new tokens no cache is kept and the second is zero."""
+    prompt = prompt.to(model.device)
+    seconds, output = _timed(model.device, lambda: model(input_ids=prompt, use_cache=new_tokens > 0))
+    prefill = prompt.numel() / seconds
+    if on_step is not None:
+        on_step()
+    if new_tokens == 0:
+        return prefill, 0.0
+
+    token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+    del output  # [B, T, V]
+    seconds, _ = _timed(model.device, lambda: _decode(model, token, cache, new_tokens))
+    if on_step is not None:
+        on_step()
+    return prefill, len(prompt) * new_tokens / seconds
+
+
+def _decode(model: PreTrainedModel, token: Tensor, cache: Any, steps: int) -> None:
+    """Feed `token` [B, 1] and each greedy successor, one a step, after what `cache` holds."""
+    for _ in range(steps):
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        token, cache = output.logits.argmax(-1), output.past_key_values
+
+
+def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds `work` took, and what it returned, with the device idle at both readings of the clock."""
+    _synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    _synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

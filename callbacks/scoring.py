@@ -1,0 +1,197 @@
+"""The scoring epoch: watch every layer's attention, count which keys its heads attend to most, and play the game."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torchmetrics import Metric
+
+from compressor.attention.layout import AttentionLayer, head_output_norms
+from compressor.attention.probe import SYMBOLS, Attended, AttentionProbe, sequence_symbols, token_symbols
+from compressor.console import log
+from compressor.errors import DataError, RecipeError
+from compressor.game.counts import PairHistogram, SymbolTable
+from compressor.game.dividends import pair_dividends_from, triple_dividends_from
+from compressor.game.entropy import triple_entropies
+from compressor.game.values import phi_from
+from compressor.module import LanguageModel
+from compressor.types import LayerScores
+
+
+class FirstKeyMass(Metric):
+    """Mean attention mass of each head on the first key, over the real queries (after arXiv 2601.06787): [heads]."""
+
+    full_state_update = False
+    mass: torch.Tensor
+    queries: torch.Tensor
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.add_state("mass", torch.zeros(num_heads, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("queries", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, mass: torch.Tensor, attention_mask: torch.Tensor) -> None:
+        """Add masses [batch, heads, queries] where the mask [batch, queries] is 1."""
+        self.mass += (mass * attention_mask[:, None]).sum((0, 2))
+        self.queries += attention_mask.sum()
+
+    def compute(self) -> torch.Tensor:
+        """The mean per head, float64 on the CPU."""
+        return (self.mass / self.queries).cpu()
+
+
+class LayerCounts(torch.nn.Module):
+    """Everything counted about one layer: pair counts or symbols, and the mass on the first key."""
+
+    def __init__(self, num_heads: int, alphabet: int, *, dense: bool, keep_symbols: bool) -> None:
+        super().__init__()
+        self.pairs = PairHistogram(num_heads, alphabet) if dense else None
+        self.symbols = SymbolTable() if keep_symbols or not dense else None
+        self.first = FirstKeyMass(num_heads)
+
+
+class HeadScoring(L.Callback):
+    """Score attention heads while `Trainer.predict` runs over calibration text; `layers_scored` holds the outcome.
+
+    The pair counts are dense histograms on the model's device while all of them fit a quarter of its free memory, and
+    tables of symbols otherwise; both give the same numbers.
+
+    Args:
+        layers: the model's attention layers.
+        alphabet: number of different symbols: the longest sequence, in tokens.
+        symbol: "key", "offset" (one observation per token) or "sequence" (one per example).
+        triple_layers: layers whose triple dividends are computed.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[AttentionLayer],
+        alphabet: int,
+        symbol: str = "key",
+        triple_layers: Sequence[int] = (0,),
+    ) -> None:
+        if symbol not in SYMBOLS:
+            raise RecipeError(f"symbol is {symbol!r}; expected one of {', '.join(SYMBOLS)}")
+        for index in triple_layers:
+            if not 0 <= index < len(layers):
+                raise RecipeError(f"triple_layers names layer {index}; the model has layers 0 to {len(layers) - 1}")
+        self.layers = [layer for layer in layers if layer.num_heads]
+        self.num_layers = len(layers)
+        self.alphabet = alphabet
+        self.symbol = symbol
+        self.triple_layers = frozenset(triple_layers)
+        self.observations = 0
+        self.layers_scored: tuple[LayerScores, ...] = ()
+        self._probe: AttentionProbe | None = None
+        self._counts: dict[int, LayerCounts] = {}
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make room for the counts and attach the probe."""
+        assert isinstance(pl_module, LanguageModel)
+        self.observations = 0
+        needed = sum(PairHistogram.bytes(layer.num_heads, self.alphabet) for layer in self.layers)
+        dense = self.symbol != "sequence" and needed <= free_memory(pl_module.device) // 4
+        if self.symbol != "sequence":
+            how = "dense joint histograms" if dense else "tables of symbols, for dense histograms would need"
+            log.info(f"counting pairs in {how} ({needed / 2**20:,.0f} MiB) on {pl_module.device}")
+        self._counts = {
+            layer.index: LayerCounts(
+                layer.num_heads, self.alphabet, dense=dense, keep_symbols=layer.index in self.triple_layers
+            ).to(pl_module.device)
+            for layer in self.layers
+        }
+        probe = AttentionProbe(pl_module.model, self.layers)
+        if probe.fallback:
+            log.warning(
+                f"{type(pl_module.model).__name__} bypasses the attention interface: reading its attention matrices "
+                "instead, which needs more memory"
+            )
+        self._probe = probe.__enter__()
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: dict[str, torch.Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count what the batch showed."""
+        assert self._probe is not None
+        for index, attended in self._probe.take().items():
+            self._count(self._counts[index], attended, batch["attention_mask"])
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Detach the probe and turn the counts into scores."""
+        assert isinstance(pl_module, LanguageModel)
+        self._detach()
+        scored = {layer.index: self._score(pl_module, layer) for layer in self.layers}
+        self.layers_scored = tuple(scored.get(index, _nothing()) for index in range(self.num_layers))
+        self._counts = {}
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was."""
+        self._detach()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the model as it was, however the run ended."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._probe is not None:
+            self._probe.__exit__(None, None, None)
+            self._probe = None
+
+    def _count(self, counts: LayerCounts, attended: Attended, mask: torch.Tensor) -> None:
+        if self.symbol == "sequence":
+            symbols = sequence_symbols(attended.key, mask, self.alphabet)
+        else:
+            symbols = token_symbols(attended.key, mask, self.symbol)
+        if counts.pairs is not None:
+            counts.pairs.update(symbols)
+        if counts.symbols is not None:
+            counts.symbols.update(symbols)
+        counts.first.update(attended.first, mask)
+
+    def _score(self, module: LanguageModel, layer: AttentionLayer) -> LayerScores:
+        counts = self._counts[layer.index]
+        if counts.pairs is not None:
+            pairs = counts.pairs.compute()
+            observations = int(counts.pairs.singles[0].sum())
+        else:
+            assert counts.symbols is not None
+            pairs = counts.symbols.pair_entropies()
+            observations = len(counts.symbols.compute())
+        if not observations:
+            raise DataError("there is nothing to score: no token was observed; give at least one document")
+        triples = None
+        if layer.index in self.triple_layers:
+            assert counts.symbols is not None
+            triples = triple_dividends_from(pairs, triple_entropies(counts.symbols.compute()))
+        return LayerScores(
+            phi=phi_from(pairs),
+            entropy=pairs.diagonal().clone(),
+            pair_dividends=pair_dividends_from(pairs),
+            triple_dividends=triples,
+            first_key_mass=counts.first.compute(),
+            output_norm=head_output_norms(module.model, layer),
+            observations=observations,
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; the machine's free memory where the device does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _nothing() -> LayerScores:
+    """The scores of a layer without heads."""
+    none = torch.zeros(0, dtype=torch.float64)
+    return LayerScores(none, none, none.reshape(0, 0), None, none, none, 0)

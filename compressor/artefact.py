@@ -1,0 +1,63 @@
+"""A scoring run on disk: safetensors for the numbers, JSON for the facts. The same inputs give the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from compressor.errors import ArtefactError
+from compressor.files import read_json, to_json
+from compressor.types import LayerScores, Scores
+
+SCHEMA_VERSION = 1
+TENSORS, FACTS = "scores.safetensors", "scores.json"
+_FIELDS = ("phi", "entropy", "pair_dividends", "triple_dividends", "first_key_mass", "output_norm")
+
+
+def save_scores(scores: Scores, directory: Path) -> None:
+    """Write `scores.safetensors` (keys `layers.<index>.<field>`, see `LayerScores`) and `scores.json`."""
+    tensors = {
+        f"layers.{index}.{field}": value.contiguous()
+        for index, layer in enumerate(scores.layers)
+        for field in _FIELDS
+        if (value := getattr(layer, field)) is not None
+    }
+    tensors |= {
+        f"layers.{index}.observations": torch.tensor(layer.observations) for index, layer in enumerate(scores.layers)
+    }
+    save_file(tensors, directory / TENSORS)
+    facts = {"schema_version": SCHEMA_VERSION, "num_layers": len(scores.layers), **scores.facts}
+    (directory / FACTS).write_text(to_json(facts), encoding="utf-8")
+
+
+def load_scores(directory: Path) -> Scores:
+    """Read what `save_scores` wrote.
+
+    Raises:
+        ArtefactError: there is no scoring run, or it is damaged or of another schema.
+    """
+    if not (directory / FACTS).is_file():
+        raise ArtefactError(f"{directory} holds no scores ({FACTS}); expected a directory that `compress score` wrote")
+    facts = read_json(directory / FACTS)
+    if facts.get("schema_version") != SCHEMA_VERSION:
+        raise ArtefactError(
+            f"{directory} has schema version {facts.get('schema_version')!r}; this version reads {SCHEMA_VERSION}: "
+            "score the model again"
+        )
+    try:
+        tensors = load_file(directory / TENSORS)
+        layers = tuple(
+            LayerScores(
+                **{field: tensors.get(f"layers.{index}.{field}") for field in _FIELDS},  # type: ignore[arg-type]
+                observations=int(tensors[f"layers.{index}.observations"]),
+            )
+            for index in range(facts["num_layers"])
+        )
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ArtefactError(f"the scores in {directory} are damaged ({error}); score the model again") from error
+    if any(getattr(layer, field) is None for layer in layers for field in _FIELDS if field != "triple_dividends"):
+        raise ArtefactError(f"the scores in {directory} are incomplete; score the model again")
+    return Scores(layers, {key: value for key, value in facts.items() if key not in ("schema_version", "num_layers")})

@@ -1,0 +1,113 @@
+"""The flags, each defined once: the same flag means the same in every command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_MODEL, _TEXT, _PRUNING, _MEASURING, _OUTPUT = "Model", "Text", "Pruning", "Measuring", "Output"
+
+Model = Annotated[
+    str | None, typer.Option(help="Hub id, local directory, or 'embedded'.", rich_help_panel=_MODEL, show_default=False)
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL)]
+Task = Annotated[str | None, typer.Option(help="causal or masked.  [default: from the config]", rich_help_panel=_MODEL)]
+Device = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps …  [default: auto]", rich_help_panel=_MODEL)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="auto, stored, float32, bfloat16, float16, float64.  [default: auto]", rich_help_panel=_MODEL),
+]
+TrustRemoteCode = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=_MODEL)
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="gsm8k, embedded, owner/name[:config] on the hub, a .jsonl, .txt or .parquet file, or a directory with "
+        "train.* and test.*.  [default: gsm8k; for the embedded model its corpus]",
+        rich_help_panel=_TEXT,
+    ),
+]
+EvalData = Annotated[
+    str | None,
+    typer.Option(help="What to report on.  [default: the test split of --data]", rich_help_panel=_TEXT),
+]
+Part = Annotated[str | None, typer.Option(help="question, answer or both.  [default: both]", rich_help_panel=_TEXT)]
+Samples = Annotated[
+    int | None, typer.Option(help="Calibration documents, 0 for all.  [default: 500]", rich_help_panel=_TEXT)
+]
+EvalSamples = Annotated[
+    int | None, typer.Option(help="Evaluation documents, 0 for all.  [default: 200]", rich_help_panel=_TEXT)
+]
+BatchSize = Annotated[int | None, typer.Option(help="Sequences per batch.  [default: 8]", rich_help_panel=_TEXT)]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Tokens per sequence.  [default: the model's context]", rich_help_panel=_TEXT)
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of every draw.  [default: 0]", rich_help_panel=_TEXT)]
+Symbol = Annotated[
+    str | None,
+    typer.Option(help="What is counted: key, offset or sequence.  [default: key]", rich_help_panel="Scoring"),
+]
+TripleLayers = Annotated[
+    str | None,
+    typer.Option(help="Layers with triple dividends, such as 0,3, or 'none'.  [default: 0]", rich_help_panel="Scoring"),
+]
+Criterion = Annotated[
+    str | None,
+    typer.Option(
+        help="gt-fep (φ), entropy, bos-sink, magnitude or random.  [default: gt-fep]", rich_help_panel=_PRUNING
+    ),
+]
+Ratio = Annotated[
+    float | None,
+    typer.Option(help="Share of heads to remove, rounded up.  [default: 0.2]", rich_help_panel=_PRUNING),
+]
+Scope = Annotated[
+    str | None,
+    typer.Option(
+        help="Share of every layer, or of the whole model: layer or global.  [default: layer]", rich_help_panel=_PRUNING
+    ),
+]
+AllowEmpty = Annotated[
+    bool | None,
+    typer.Option("--allow-empty", help="Let a layer lose its last head.", rich_help_panel=_PRUNING),
+]
+RandomSeeds = Annotated[
+    int | None, typer.Option(help="Draws of random pruning.  [default: 5]", rich_help_panel=_MEASURING)
+]
+Repeats = Annotated[int | None, typer.Option(help="Timed repeats.  [default: 5]", rich_help_panel=_MEASURING)]
+PromptLength = Annotated[
+    int | None, typer.Option(help="Tokens of prefill.  [default: 128]", rich_help_panel=_MEASURING)
+]
+NewTokens = Annotated[int | None, typer.Option(help="Tokens to decode.  [default: 32]", rich_help_panel=_MEASURING)]
+ScoresDir = Annotated[
+    Path | None, typer.Option("--scores", help="A score run.  [default: the newest]", rich_help_panel="Input")
+]
+RivalScores = Annotated[
+    Path | None,
+    typer.Option("--scores", help="A score run of --model: measure the other criteria too.", rich_help_panel="Input"),
+]
+Against = Annotated[
+    list[Path] | None,
+    typer.Option(help="A pruned checkpoint; may be repeated.  [default: the newest]", rich_help_panel="Input"),
+]
+Export = Annotated[bool, typer.Option("--export", help="Write the slimmer checkpoint.", rich_help_panel=_OUTPUT)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say which heads would go.", rich_help_panel=_OUTPUT)]
+Config = Annotated[
+    Path | None, typer.Option("--config", "-c", help="A YAML recipe; flags override it.", rich_help_panel="Input")
+]
+OutputDir = Annotated[
+    Path | None,
+    typer.Option("--output-dir", "-o", help="Where to write.  [default: runs/<model>/…]", rich_help_panel=_OUTPUT),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace an earlier result in --output-dir.", rich_help_panel=_OUTPUT)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=_OUTPUT)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress and no log but warnings.", rich_help_panel=_OUTPUT)
+]

@@ -1,0 +1,282 @@
+"""Results on stdout: a table for people or one JSON document for machines, both from the same data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from compressor.files import to_json
+from compressor.pipeline import BenchRun, PruneRun, ScoreRun, WholeRun
+
+MATRIX_WIDTH = 12  # heads whose scores fit a line of a terminal
+
+
+def scored(result: ScoreRun, as_json: bool) -> None:
+    """Print a scoring run."""
+    if as_json:
+        _print_json(score_document(result))
+        return
+    console = Console()
+    _print_scores(console, result)
+    _say(console, f"next: compress prune --scores {result.directory} --ratio 0.2 --export")
+
+
+def pruned(result: PruneRun, as_json: bool) -> None:
+    """Print what pruning did."""
+    if as_json:
+        _print_json(prune_document(result))
+        return
+    console = Console()
+    _print_plan(console, result)
+    if result.checkpoint is not None:
+        _say(console, f"next: compress bench --against {result.checkpoint}")
+
+
+def benched(result: BenchRun, as_json: bool) -> None:
+    """Print a comparison."""
+    if as_json:
+        _print_json({**result.document, "directory": str(result.directory)})
+        return
+    _print_bench(Console(), result)
+
+
+def ran(result: WholeRun, as_json: bool) -> None:
+    """Print the three runs of the whole line."""
+    if as_json:
+        _print_json(
+            {
+                "score": score_document(result.score),
+                "prune": prune_document(result.prune),
+                "bench": result.bench.document,
+                "directory": str(result.directory),
+            }
+        )
+        return
+    console = Console()
+    _print_scores(console, result.score)
+    console.print()
+    _print_plan(console, result.prune)
+    console.print()
+    _print_bench(console, result.bench)
+
+
+def score_document(result: ScoreRun) -> dict[str, Any]:
+    """A scoring run as JSON-ready values; the dividends themselves stay in the safetensors file."""
+    layers = []
+    for index, layer in enumerate(result.scores.layers):
+        triples = layer.triple_dividends
+        layers.append(
+            {
+                "layer": index,
+                "observations": layer.observations,
+                "phi": layer.phi.tolist(),
+                "entropy": layer.entropy.tolist(),
+                "first_key_mass": layer.first_key_mass.tolist(),
+                "output_norm": layer.output_norm.tolist(),
+                "mean_pair_dividend": _mean_off_diagonal(layer.pair_dividends),
+                "triples": None
+                if triples is None or not len(triples)
+                else {
+                    "count": len(triples),
+                    "mean": float(triples.mean()),
+                    "negative": int((triples < 0).sum()),
+                    "positive": int((triples > 0).sum()),
+                },
+            }
+        )
+    return {"facts": dict(result.scores.facts), "layers": layers, "directory": str(result.directory)}
+
+
+def prune_document(result: PruneRun) -> dict[str, Any]:
+    """A pruning run as JSON-ready values."""
+    places = {"directory": result.directory, "checkpoint": result.checkpoint}
+    return {**result.document, **{name: None if place is None else str(place) for name, place in places.items()}}
+
+
+def _print_scores(console: Console, result: ScoreRun) -> None:
+    document = score_document(result)
+    facts = document["facts"]
+    _say(console, f"φ of {facts['model']} by layer and head, in nats; symbol: {facts['settings']['symbol']}")
+    console.print(_phi_table(document["layers"]))
+    for layer in document["layers"]:
+        if (triples := layer["triples"]) is not None:
+            _say(
+                console,
+                f"triple dividends of layer {layer['layer']}: {triples['negative']} negative, {triples['positive']} "
+                f"positive, mean {triples['mean']:.2f} (plug-in estimates, whose bias can decide a sign)",
+            )
+    for index in facts["saturated_layers"][:1]:
+        observations = document["layers"][index]["observations"]
+        ceiling = f"ln {observations:,} = {math.log(observations):.4f}"
+        _say(console, f"saturated: {ceiling} is the estimator's ceiling, not a finding")
+    _say(console, f"scores: {result.directory}")
+
+
+def _print_plan(console: Console, result: PruneRun) -> None:
+    plan = result.plan
+    rule = "in every layer" if plan.scope == "layer" else "over the whole model"
+    _say(
+        console,
+        f"{plan.criterion}: {plan.removed} of {plan.total} heads go ({plan.removed / plan.total:.1%}); "
+        f"the rule is ⌈{plan.ratio:g} · heads⌉ {rule}",
+    )
+    table = _table("layer", "heads", "left", "removed")
+    for layer, before in enumerate(plan.heads_per_layer):
+        gone = plan.heads.get(layer, ())
+        table.add_row(str(layer), str(before), str(before - len(gone)), ", ".join(map(str, gone)) or "–")
+    console.print(table)
+    if "costs" in result.document:
+        console.print(_cost_table(result.document["costs"]["dense"], result.document["costs"]["pruned"]))
+    if result.directory is not None:
+        _say(console, f"plan: {result.directory}")
+    if result.checkpoint is not None:
+        _say(console, f"checkpoint, loaded again and found equal: {result.checkpoint}")
+
+
+def _print_bench(console: Console, result: BenchRun) -> None:
+    document = result.document
+    dense = document["rows"][0]
+    kind = "perplexity" if document["task"] == "causal" else "pseudo-perplexity"
+    text = document["data"]
+    _say(console, f"{kind} on {text['documents']:,} documents of {text['name']} ({text['tokens']:,} tokens)")
+    table = _table("model", "heads", kind, "change", "parameters", "MACs", "attention")
+    for row in document["rows"]:
+        if row["kind"] != "random":
+            table.add_row(*_quality(row, dense))
+    if document["random"] is not None:
+        draws = [row for row in document["rows"] if row["kind"] == "random"]
+        table.add_row(*_random_quality(document["random"], draws, dense))
+    table.caption = (
+        f"MACs: multiply-adds of one sequence of {dense['costs']['length']} tokens, and of its attention alone"
+    )
+    console.print(table)
+    console.print(_time_table(document))
+    _say(console, document["verdict"])
+    _say(console, f"measurements: {result.directory}")
+
+
+def _quality(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
+    heads, perplexity = str(sum(row["costs"]["heads"])), f"{row['perplexity']:.3f}"
+    figures, base = _figures(row), _figures(dense)
+    if row is dense:
+        return [row["name"], heads, perplexity, "", *(_count(figure) for figure in figures)]
+    changes = (f"{figure / reference - 1:+.1%}" for figure, reference in zip(figures, base, strict=True))
+    return [row["name"], heads, perplexity, f"{row['perplexity_change']:+.1%}", *changes]
+
+
+def _random_quality(random: dict[str, Any], draws: list[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
+    base = dense["perplexity"]
+    means = [sum(values) / len(draws) for values in zip(*(_figures(row) for row in draws), strict=True)]
+    changes = (f"{mean / reference - 1:+.1%}" for mean, reference in zip(means, _figures(dense), strict=True))
+    spread = f"{random['mean']:.3f} ± {random['sd']:.3f}"
+    change = f"{random['mean'] / base - 1:+.1%}"
+    return [f"random × {random['draws']}", str(sum(draws[0]["costs"]["heads"])), spread, change, *changes]
+
+
+def _figures(row: dict[str, Any]) -> tuple[float, float, float]:
+    costs = row["costs"]
+    return costs["parameters"], costs["macs"]["total"], costs["macs"]["attention"]
+
+
+def _time_table(document: dict[str, Any]) -> Table:
+    settings = document["settings"]
+    table = _table("timed", "prefill tokens/s", "decode tokens/s", "peak memory", "KV per token")
+    table.caption = Text(
+        f"median [minimum, maximum] of {settings['repeats']} interleaved repeats, and median speed-up; "
+        f"batch {settings['batch_size']}, prompt {settings['prompt_length']}"
+    )
+    for row in document["rows"]:
+        if row["throughput"] is not None:
+            speeds = [_speed(row["throughput"].get(phase), row["kind"] == "dense") for phase in ("prefill", "decode")]
+            cache = row["costs"]["kv_cache_bytes_per_token"]
+            memory = [_bytes(row["costs"]["peak_memory_bytes"]), "none" if cache is None else _bytes(cache)]
+            table.add_row(row["name"], *speeds, *memory)
+    return table
+
+
+def _cost_table(dense: dict[str, Any], pruned: dict[str, Any]) -> Table:
+    table = _table("cost", "dense", "pruned", "change")
+    rows = [("parameters", dense["parameters"], pruned["parameters"], _count)]
+    rows += [
+        (f"MACs, {part.replace('_', ' ')}", dense["macs"][part], pruned["macs"][part], _count)
+        for part in ("total", "attention", "mlp", "lm_head")
+    ]
+    rows.append(("peak memory of a forward pass", dense["peak_memory_bytes"], pruned["peak_memory_bytes"], _bytes))
+    if dense["kv_cache_bytes_per_token"] is not None:
+        rows.append(
+            ("KV cache per token", dense["kv_cache_bytes_per_token"], pruned["kv_cache_bytes_per_token"], _bytes)
+        )
+    for name, before, after, form in rows:
+        table.add_row(name, form(before), form(after), f"{after / before - 1:+.1%}" if before else "")
+    table.caption = f"one sequence of {dense['length']} tokens; a MAC is one multiply-add"
+    return table
+
+
+def _phi_table(layers: list[dict[str, Any]]) -> Table:
+    """φ of every head where they fit a line, else the range and the lowest of each layer."""
+    width = max(len(layer["phi"]) for layer in layers)
+    heads = [str(head) for head in range(width)] if width <= MATRIX_WIDTH else ["lowest heads", "φ from", "to"]
+    table = _table("layer", *heads, "mean pair")
+    for layer in layers:
+        ranked = sorted(range(len(layer["phi"])), key=layer["phi"].__getitem__)
+        if width <= MATRIX_WIDTH:
+            cells = [
+                Text(f"{value:.1f}", "bold red" if head in ranked[:1] else "")
+                for head, value in enumerate(layer["phi"])
+            ]
+            cells += [Text("")] * (width - len(cells))
+        else:
+            cells = [Text(", ".join(map(str, ranked[:5])))]
+            cells += [Text(f"{layer['phi'][head]:.2f}") for head in (ranked[:1] + ranked[-1:])]
+        pair = layer["mean_pair_dividend"]
+        table.add_row(str(layer["layer"]), *cells, "" if pair is None else f"{pair:.2f}")
+    return table
+
+
+def _mean_off_diagonal(matrix: torch.Tensor) -> float | None:
+    heads = matrix.shape[0]
+    return float(matrix.sum() / (heads * (heads - 1))) if heads > 1 else None
+
+
+def _table(*columns: str) -> Table:
+    table = Table(*columns, box=SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    """Print a line as it is; paths and commands must survive being copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(to_json(document), end="")
+
+
+def _count(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.0f} B"
+
+
+def _speed(phase: dict[str, Any] | None, reference: bool) -> Text:
+    if phase is None:
+        return Text("–")
+    speed = phase["tokens_per_second"]
+    gain = "" if reference else f" {phase['speedup']['median']:.2f}×"
+    return Text(f"{speed['median']:,.0f} [{speed['min']:,.0f}, {speed['max']:,.0f}]{gain}")

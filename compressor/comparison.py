@@ -1,0 +1,155 @@
+"""Dense against pruned: the same documents and machine, interleaved timings, and random pruning with its spread."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from compressor.attention import prune_heads
+from compressor.config import Recipe
+from compressor.console import log, track
+from compressor.data import TextDataModule
+from compressor.errors import ModelError, RecipeError
+from compressor.loading import LoadedModel
+from compressor.measure import Samples, Throughput, measure_throughput, speedup, throughput_steps
+from compressor.measure.costs import measure_costs
+from compressor.module import LanguageModel
+from compressor.trainer import run_perplexity
+from compressor.types import PruningPlan
+
+
+def compare(
+    dense: LoadedModel,
+    contenders: Mapping[str, LoadedModel],
+    plans: Mapping[str, PruningPlan],
+    data: TextDataModule,
+    recipe: Recipe,
+) -> dict[str, Any]:
+    """Measure a dense model, pruned checkpoints of it, and what other plans would make of it.
+
+    Args:
+        dense: the reference.
+        contenders: pruned models by name; they are timed along with the dense one.
+        plans: plans for the dense model by name, such as those of other criteria and of random draws. Their perplexity
+            and costs are measured; they are not timed.
+        data: set up; its evaluation windows are what everything is measured on.
+        recipe: batch size, repeats and lengths.
+
+    Returns:
+        JSON-ready: `rows`, one per model, the dense one first; `random`, mean, sd, minimum and maximum of the random
+        draws' perplexities; `verdict`, a sentence; `data` and `settings`.
+    """
+    vocabulary = dense.tokenizer.get_vocab()
+    for name, contender in contenders.items():
+        if contender.tokenizer.get_vocab() != vocabulary:
+            raise ModelError(f"{name} has another tokenizer than {dense.name}: their perplexities cannot be compared")
+    rows = [_row("dense", "dense", dense.model, dense, data)]
+    rows += [_row(name, "pruned", contender.model, dense, data) for name, contender in contenders.items()]
+    for name, plan in plans.items():
+        pruned = prune_heads(copy.deepcopy(dense.model), plan.heads, allow_empty=plan.allow_empty)
+        rows.append(_row(name, "random" if plan.criterion == "random" else "rival", pruned, dense, data))
+    for row in rows:
+        row["perplexity_change"] = row["perplexity"] / rows[0]["perplexity"] - 1
+    timings = _timings({"dense": dense.model, **{name: c.model for name, c in contenders.items()}}, dense, recipe)
+    for row in rows:
+        row["throughput"] = timings.get(row["name"])
+    random = _spread([row["perplexity"] for row in rows if row["kind"] == "random"])
+    return {
+        "task": dense.task,
+        "rows": rows,
+        "random": random,
+        "verdict": _verdict(rows, random),
+        "data": {
+            "name": data.evaluation.name,
+            "fingerprint": data.evaluation.fingerprint,
+            "documents": data.evaluation.documents,
+            "tokens": data.evaluation.tokens,
+        },
+        "settings": {
+            "batch_size": recipe.batch_size,
+            "repeats": recipe.repeats,
+            "prompt_length": _prompt_length(dense, recipe),
+            "new_tokens": recipe.new_tokens if dense.task == "causal" else None,
+            "max_length": data.max_length,
+            "seed": recipe.seed,
+        },
+    }
+
+
+def _row(name: str, kind: str, model: PreTrainedModel, dense: LoadedModel, data: TextDataModule) -> dict[str, Any]:
+    perplexity = run_perplexity(LanguageModel(model, dense.task), data, dense.model.device, f"perplexity of {name}")
+    log.info(f"{name}: perplexity {perplexity:.4g}")
+    costs = measure_costs(model, min(256, dense.context), causal=dense.task == "causal")
+    return {"name": name, "kind": kind, "perplexity": perplexity, "costs": costs}
+
+
+def _prompt_length(dense: LoadedModel, recipe: Recipe) -> int:
+    room = dense.context - (recipe.new_tokens if dense.task == "causal" else 0)
+    if room < 1:
+        raise RecipeError(
+            f"new_tokens is {recipe.new_tokens}; {dense.name} takes {dense.context} tokens, and the prompt needs one"
+        )
+    return min(recipe.prompt_length, room)
+
+
+def _timings(models: Mapping[str, PreTrainedModel], dense: LoadedModel, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    causal = dense.task == "causal"
+    with track("throughput", throughput_steps(len(models), recipe.repeats, causal=causal)) as step:
+        measured = measure_throughput(
+            models,
+            causal=causal,
+            batch_size=recipe.batch_size,
+            prompt_length=_prompt_length(dense, recipe),
+            new_tokens=recipe.new_tokens,
+            repeats=recipe.repeats,
+            seed=recipe.seed,
+            on_step=step,
+        )
+    return {name: _throughput(timed, measured["dense"]) for name, timed in measured.items()}
+
+
+def _throughput(timed: Throughput, reference: Throughput) -> dict[str, Any]:
+    both = {"prefill": (timed.prefill, reference.prefill)}
+    if timed.decode is not None and reference.decode is not None:
+        both["decode"] = (timed.decode, reference.decode)
+    return {
+        phase: {"tokens_per_second": _summary(own), "speedup": _summary(speedup(own, dense))}
+        for phase, (own, dense) in both.items()
+    }
+
+
+def _summary(samples: Samples) -> dict[str, Any]:
+    return {"median": samples.median, "min": samples.minimum, "max": samples.maximum, **asdict(samples)}
+
+
+def _spread(values: list[float]) -> dict[str, Any] | None:
+    if len(values) < 2:
+        return None
+    return {
+        "draws": len(values),
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values),
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def _verdict(rows: list[dict[str, Any]], random: dict[str, Any] | None) -> str:
+    """Who wins, whoever it is."""
+    base = rows[0]["perplexity"]
+    entries = [(row["perplexity"], row["name"]) for row in rows if row["kind"] in ("pruned", "rival")]
+    words = {name: f"{name} ({value / base - 1:+.1%})" for value, name in entries}
+    if random is not None:
+        entries.append((random["mean"], "random"))
+        spread = f"{random['mean'] / base - 1:+.1%} ± {random['sd'] / base:.1%}, {random['draws']} draws"
+        words["random"] = f"random ({spread})"
+    entries.sort()
+    ranked = [words[name] for _, name in entries]
+    if len(ranked) == 1:
+        return f"{ranked[0]} against the dense model"
+    return f"lowest perplexity: {ranked[0]}; then {', '.join(ranked[1:])}"

@@ -1,0 +1,149 @@
+"""Recipes: defaults < YAML < flags, merged into one validated set of settings that can be saved beside a result."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compressor.errors import RecipeError
+from compressor.files import did_you_mean
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting of every verb; a verb reads those it needs. `None` leaves the choice to what else is known.
+
+    Without `model`, scoring takes the embedded model, pruning the one that was scored, and benching the one that was
+    pruned.
+    """
+
+    # the model
+    model: str | None = None
+    revision: str | None = None
+    task: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    # the text
+    data: str | None = None
+    eval_data: str | None = None
+    part: str = "both"
+    samples: int = 500
+    eval_samples: int = 200
+    batch_size: int = 8
+    max_length: int | None = None
+    seed: int = 0
+    # scoring
+    symbol: str = "key"
+    triple_layers: list[int] | None = None
+    # pruning
+    criterion: str = "gt-fep"
+    ratio: float = 0.2
+    scope: str = "layer"
+    allow_empty: bool = False
+    # measuring
+    random_seeds: int = 5
+    repeats: int = 5
+    prompt_length: int = 128
+    new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse values of the wrong kind, numbers out of range and words that are not in the list."""
+        hints = typing.get_type_hints(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _fits(value, hints[field.name]):
+                raise RecipeError(f"{field.name} is {value!r}; expected {_kind(hints[field.name])}")
+        if not 0 < self.ratio < 1:
+            raise RecipeError(f"ratio is {self.ratio:g}; expected a share of heads between 0 and 1, both excluded")
+        least = {
+            "samples": 0,
+            "eval_samples": 0,
+            "seed": 0,
+            "batch_size": 1,
+            "max_length": 2,
+            "random_seeds": 2,
+            "repeats": 1,
+            "prompt_length": 1,
+            "new_tokens": 1,
+        }
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise RecipeError(f"{name} is {value}; expected {minimum} or more")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise RecipeError(f"{name} is {value!r}{did_you_mean(value, choices)}; expected {' or '.join(choices)}")
+
+    @property
+    def calibration_data(self) -> str:
+        """The `data` spec in force: the embedded model goes with the embedded corpus, any other with GSM8K."""
+        return self.data or ("embedded" if self.model == "embedded" else "gsm8k")
+
+    def to_yaml(self) -> str:
+        """The recipe in the form that `resolve` reads."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+CHOICES = {
+    "task": ("causal", "masked"),
+    "part": ("question", "answer", "both"),
+    "symbol": ("key", "offset", "sequence"),
+    "scope": ("layer", "global"),
+}
+
+
+def resolve(config: str | Path | None, settings: Mapping[str, Any]) -> Recipe:
+    """Merge a YAML recipe with settings that override it; settings that are None are not there.
+
+    Raises:
+        RecipeError: an unreadable file, an unknown key, or a value that cannot be used.
+    """
+    values = dict(_read(Path(config)) if config is not None else {})
+    values.update({name: value for name, value in settings.items() if value is not None})
+    known = [field.name for field in fields(Recipe)]
+    for name in values:
+        if name not in known:
+            raise RecipeError(f"unknown setting {name!r}{did_you_mean(str(name), known)}; known: {', '.join(known)}")
+    return Recipe(**values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        shipped = Path(__file__).parent / "configs" / path.name
+        raise RecipeError(
+            f"there is no recipe {path}" + (f"; one of that name is at {shipped}" if shipped.exists() else "")
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} holds a {type(values).__name__}; expected `setting: value` lines")
+    return values
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _kind(hint: Any) -> str:
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(_kind(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return "a list of whole numbers"
+    return names[hint]
