@@ -48,41 +48,88 @@ def compare(
     for name, contender in contenders.items():
         if contender.tokenizer.get_vocab() != vocabulary:
             raise ModelError(f"{name} has another tokenizer than {dense.name}: their perplexities cannot be compared")
-    rows = [_row("dense", "dense", dense.model, dense, data)]
-    rows += [_row(name, "pruned", contender.model, dense, data) for name, contender in contenders.items()]
-    for name, plan in plans.items():
-        pruned = prune_heads(copy.deepcopy(dense.model), plan.heads, allow_empty=plan.allow_empty)
-        rows.append(_row(name, "random" if plan.criterion == "random" else "rival", pruned, dense, data))
-    for row in rows:
-        row["perplexity_change"] = row["perplexity"] / rows[0]["perplexity"] - 1
-    timings = _timings({"dense": dense.model, **{name: c.model for name, c in contenders.items()}}, dense, recipe)
+    settings = {
+        "batch_size": recipe.batch_size,
+        "prompt_length": _prompt_length(dense, recipe),
+        "new_tokens": recipe.new_tokens,
+        "repeats": recipe.repeats,
+        "seed": recipe.seed,
+    }
+    models = {name: contender.model for name, contender in contenders.items()}
+    rows = measure_quality(dense, plans, data, models)
+    timings = measure_speed({"dense": dense.model, **models}, causal=dense.task == "causal", **settings)
     for row in rows:
         row["throughput"] = timings.get(row["name"])
-    random = _spread([row["perplexity"] for row in rows if row["kind"] == "random"])
     return {
         "task": dense.task,
         "rows": rows,
-        "random": random,
-        "verdict": _verdict(rows, random),
+        **summarise(rows),
         "data": {
             "name": data.evaluation.name,
             "fingerprint": data.evaluation.fingerprint,
             "documents": data.evaluation.documents,
             "tokens": data.evaluation.tokens,
         },
-        "settings": {
-            "batch_size": recipe.batch_size,
-            "repeats": recipe.repeats,
-            "prompt_length": _prompt_length(dense, recipe),
-            "new_tokens": recipe.new_tokens if dense.task == "causal" else None,
-            "max_length": data.max_length,
-            "seed": recipe.seed,
-        },
+        "settings": {**settings, "max_length": data.max_length},
     }
 
 
+def measure_quality(
+    dense: LoadedModel,
+    plans: Mapping[str, PruningPlan],
+    data: TextDataModule,
+    pruned: Mapping[str, PreTrainedModel] | None = None,
+) -> list[dict[str, Any]]:
+    """Perplexity and costs of a dense model, of pruned ones, and of what plans would make of it; one row each.
+
+    A row has `name`, `kind` ("dense", "pruned", "rival" or "random"), `perplexity`, its relative `perplexity_change`
+    against the dense model, and the `costs` of `measure_costs`.
+    """
+    rows = [_row("dense", "dense", dense.model, dense, data)]
+    rows += [_row(name, "pruned", model, dense, data) for name, model in (pruned or {}).items()]
+    for name, plan in plans.items():
+        model = prune_heads(copy.deepcopy(dense.model), plan.heads, allow_empty=plan.allow_empty)
+        rows.append(_row(name, "random" if plan.criterion == "random" else "rival", model, dense, data))
+    for row in rows:
+        row["perplexity_change"] = row["perplexity"] / rows[0]["perplexity"] - 1
+    return rows
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """`random`: mean, sd, minimum and maximum of the random draws' perplexities; `verdict`: who wins, in a sentence."""
+    random = _spread([row["perplexity"] for row in rows if row["kind"] == "random"])
+    return {"random": random, "verdict": _verdict(rows, random)}
+
+
+def measure_speed(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    causal: bool,
+    batch_size: int,
+    prompt_length: int,
+    new_tokens: int,
+    repeats: int,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Tokens per second of models timed in turn, and their speed-ups over the one named "dense", repeat by repeat."""
+    with track("throughput", throughput_steps(len(models), repeats, causal=causal)) as step:
+        measured = measure_throughput(
+            models,
+            causal=causal,
+            batch_size=batch_size,
+            prompt_length=prompt_length,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            seed=seed,
+            on_step=step,
+        )
+    return {name: _throughput(timed, measured["dense"]) for name, timed in measured.items()}
+
+
 def _row(name: str, kind: str, model: PreTrainedModel, dense: LoadedModel, data: TextDataModule) -> dict[str, Any]:
-    perplexity = run_perplexity(LanguageModel(model, dense.task), data, dense.model.device, f"perplexity of {name}")
+    device = dense.model.device
+    perplexity = run_perplexity(LanguageModel(model, dense.task), data, device, f"perplexity of {name}")
+    model.to(device)  # type: ignore[arg-type]  # the Trainer leaves its model on the CPU
     log.info(f"{name}: perplexity {perplexity:.4g}")
     costs = measure_costs(model, min(256, dense.context), causal=dense.task == "causal")
     return {"name": name, "kind": kind, "perplexity": perplexity, "costs": costs}
@@ -95,22 +142,6 @@ def _prompt_length(dense: LoadedModel, recipe: Recipe) -> int:
             f"new_tokens is {recipe.new_tokens}; {dense.name} takes {dense.context} tokens, and the prompt needs one"
         )
     return min(recipe.prompt_length, room)
-
-
-def _timings(models: Mapping[str, PreTrainedModel], dense: LoadedModel, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    causal = dense.task == "causal"
-    with track("throughput", throughput_steps(len(models), recipe.repeats, causal=causal)) as step:
-        measured = measure_throughput(
-            models,
-            causal=causal,
-            batch_size=recipe.batch_size,
-            prompt_length=_prompt_length(dense, recipe),
-            new_tokens=recipe.new_tokens,
-            repeats=recipe.repeats,
-            seed=recipe.seed,
-            on_step=step,
-        )
-    return {name: _throughput(timed, measured["dense"]) for name, timed in measured.items()}
 
 
 def _throughput(timed: Throughput, reference: Throughput) -> dict[str, Any]:

@@ -157,6 +157,9 @@ def _print_bench(console: Console, result: BenchRun) -> None:
     )
     console.print(table)
     console.print(_time_table(document))
+    for row in document["rows"]:
+        if row["throughput"] is not None:
+            _say(console, _memory_line(row))
     _say(console, document["verdict"])
     _say(console, f"measurements: {result.directory}")
 
@@ -186,18 +189,24 @@ def _figures(row: dict[str, Any]) -> tuple[float, float, float]:
 
 def _time_table(document: dict[str, Any]) -> Table:
     settings = document["settings"]
-    table = _table("timed", "prefill tokens/s", "decode tokens/s", "peak memory", "KV per token")
+    table = _table("timed", "prefill tokens/s", "", "decode tokens/s", "")
     table.caption = Text(
-        f"median [minimum, maximum] of {settings['repeats']} interleaved repeats, and median speed-up; "
-        f"batch {settings['batch_size']}, prompt {settings['prompt_length']}"
+        f"median [min, max] and speed-up; {settings['repeats']} interleaved repeats, batch {settings['batch_size']}, "
+        f"prompt {settings['prompt_length']}"
     )
     for row in document["rows"]:
         if row["throughput"] is not None:
-            speeds = [_speed(row["throughput"].get(phase), row["kind"] == "dense") for phase in ("prefill", "decode")]
-            cache = row["costs"]["kv_cache_bytes_per_token"]
-            memory = [_bytes(row["costs"]["peak_memory_bytes"]), "none" if cache is None else _bytes(cache)]
-            table.add_row(row["name"], *speeds, *memory)
+            cells = [
+                _speed(row["throughput"].get(phase), row is document["rows"][0]) for phase in ("prefill", "decode")
+            ]
+            table.add_row(row["name"], *(cell for pair in cells for cell in pair))
     return table
+
+
+def _memory_line(row: dict[str, Any]) -> str:
+    cache = row["costs"]["kv_cache_bytes_per_token"]
+    kept = "no KV cache" if cache is None else f"KV cache {_bytes(cache)} a token"
+    return f"{row['name']}: peak memory {_bytes(row['costs']['peak_memory_bytes'])}, {kept}"
 
 
 def _cost_table(dense: dict[str, Any], pruned: dict[str, Any]) -> Table:
@@ -245,7 +254,9 @@ def _mean_off_diagonal(matrix: torch.Tensor) -> float | None:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(*columns, box=SIMPLE)
+    table = Table(*columns, box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     return table
@@ -274,9 +285,9 @@ def _bytes(value: float) -> str:
     return f"{value:.0f} B"
 
 
-def _speed(phase: dict[str, Any] | None, reference: bool) -> Text:
+def _speed(phase: dict[str, Any] | None, reference: bool) -> tuple[Text, Text]:
     if phase is None:
-        return Text("–")
+        return Text("–"), Text("")
     speed = phase["tokens_per_second"]
-    gain = "" if reference else f" {phase['speedup']['median']:.2f}×"
-    return Text(f"{speed['median']:,.0f} [{speed['min']:,.0f}, {speed['max']:,.0f}]{gain}")
+    gain = "" if reference else f"{phase['speedup']['median']:.2f}×"
+    return Text(f"{speed['median']:,.0f} [{speed['min']:,.0f}, {speed['max']:,.0f}]"), Text(gain)

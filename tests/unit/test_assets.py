@@ -159,9 +159,8 @@ def test_heads_matter_and_differ(model: PreTrainedModel, documents: list[torch.T
             kept[..., head * 16 : head * 16 + 16] = 0
             return (kept,)
 
-        hook = model.transformer.h[1].attn.c_proj.register_forward_pre_hook(silence)
+        hook = model.transformer.h[2].attn.c_proj.register_forward_pre_hook(silence)
         harms.append(perplexity(model, few) / whole - 1)
         hook.remove()
-    harms.sort()
-    assert harms[-1] > 0.05
-    assert harms[-1] > 4 * abs(harms[0])
+    assert max(harms) > 0.2
+    assert min(harms) < 0.02

@@ -1,0 +1,176 @@
+"""The benchmarks of record: one JSON per suite and model in benchmarks/results/, with machine, versions and settings.
+
+    python benchmarks/run.py quality NAME --model DIR --data CALIBRATION --eval-data HELD_OUT
+    python benchmarks/run.py speed NAME --model DIR --data CALIBRATION
+    python benchmarks/run.py speed gpt2-shape
+
+`quality` prunes by every criterion and at random at 5, 10 and 20 % and measures perplexity and costs on the same
+held-out documents. `speed` times the dense model against φ's pruned ones, interleaved; without `--model` it does so on
+a model of GPT-2 small's shape with random weights, heads chosen by magnitude: a time does not depend on which heads go.
+`python benchmarks/tables.py` turns the JSON into the tables of the documentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from compressor import comparison
+from compressor.attention import attention_layers, prune_heads
+from compressor.attention.layout import head_output_norms
+from compressor.budget import allocate
+from compressor.config import Recipe
+from compressor.console import log, show_logs
+from compressor.criteria import criteria, criterion, random_scores
+from compressor.data import TextDataModule
+from compressor.environment import machine, versions
+from compressor.files import to_json
+from compressor.loading import LoadedModel, load_model
+from compressor.measure.costs import measure_costs
+from compressor.pipeline import score_model
+from compressor.types import HeadScores, PruningPlan
+
+RESULTS = Path(__file__).parent / "results"
+RATIOS = (0.05, 0.1, 0.2)
+
+
+def quality(args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity and costs at every ratio, by every criterion and at random."""
+    recipe = Recipe(
+        model=args.model,
+        data=args.data,
+        eval_data=args.eval_data,
+        samples=args.samples,
+        eval_samples=args.eval_samples,
+        random_seeds=args.random_seeds,
+        device=args.device,
+    )
+    dense = _dense(args)
+    scores = score_model(dense, recipe)
+    data = _data(dense, recipe)
+    plans: dict[str, PruningPlan] = {}
+    for ratio in RATIOS:
+        for rival in criteria():
+            if rival.name != "random":
+                plans[f"{rival.name} {ratio:g}"] = allocate(rival(scores), ratio)
+        for seed in range(args.random_seeds):
+            draw = random_scores([len(layer.phi) for layer in scores.layers], seed)
+            plans[f"random {ratio:g} (seed {seed})"] = allocate(draw, ratio, seed=seed)
+    rows = comparison.measure_quality(dense, plans, data)
+    summaries = {f"{ratio:g}": comparison.summarise([rows[0], *_at(rows, plans, ratio)]) for ratio in RATIOS}
+    return {
+        "suite": "quality",
+        "rows": [{**row, "plan": plans[row["name"]].to_dict() if row["name"] in plans else None} for row in rows],
+        "summaries": summaries,
+        "calibration": _text(data.calibration),
+        "evaluation": _text(data.evaluation),
+        "settings": {
+            "symbol": recipe.symbol,
+            "scope": recipe.scope,
+            "seed": recipe.seed,
+            "dtype": str(dense.model.dtype),
+        },
+    }
+
+
+def speed(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of the dense and the pruned models, interleaved."""
+    if args.model is None:
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config()).to(args.device).eval()
+        norms = [tuple(head_output_norms(model, layer).tolist()) for layer in attention_layers(model)]
+        ranking = HeadScores("magnitude", tuple(norms))
+    else:
+        dense = _dense(args)
+        ranking = criterion("gt-fep")(
+            score_model(dense, Recipe(model=args.model, data=args.data, samples=args.samples))
+        )
+        model = dense.model
+    models: dict[str, PreTrainedModel] = {"dense": model}
+    for ratio in RATIOS:
+        plan = allocate(ranking, ratio)
+        models[f"{ranking.criterion} {ratio:g}"] = prune_heads(copy.deepcopy(model), plan.heads)
+    settings = {
+        "batch_size": args.batch_size,
+        "prompt_length": args.prompt_length,
+        "new_tokens": args.new_tokens,
+        "repeats": args.repeats,
+    }
+    timings = comparison.measure_speed(models, causal=True, seed=0, **settings)
+    rows = [
+        {"name": name, "costs": measure_costs(candidate, 256, causal=True), "throughput": timings[name]}
+        for name, candidate in models.items()
+    ]
+    return {"suite": "speed", "rows": rows, "settings": {**settings, "dtype": str(model.dtype)}}
+
+
+def _dense(args: argparse.Namespace) -> LoadedModel:
+    loaded = load_model(args.model, device=args.device)
+    return replace(loaded, name=Path(args.model).name)  # results say which model, not where somebody keeps it
+
+
+def _data(dense: LoadedModel, recipe: Recipe) -> TextDataModule:
+    data = TextDataModule(
+        dense.tokenizer,
+        task=dense.task,
+        data=recipe.calibration_data,
+        eval_data=recipe.eval_data,
+        samples=recipe.samples,
+        eval_samples=recipe.eval_samples,
+        batch_size=recipe.batch_size,
+        max_length=dense.context,
+        seed=recipe.seed,
+    )
+    data.setup()
+    log.info("\n".join(data.describe()))
+    return data
+
+
+def _at(rows: list[dict[str, Any]], plans: Mapping[str, PruningPlan], ratio: float) -> list[dict[str, Any]]:
+    return [row for row in rows if row["name"] in plans and plans[row["name"]].ratio == ratio]
+
+
+def _text(windows: Any) -> dict[str, Any]:
+    names = ("name", "fingerprint", "documents", "split_documents", "tokens")
+    return {name: getattr(windows, name) for name in names}
+
+
+def main() -> None:
+    """Run one suite and write its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=("quality", "speed"))
+    parser.add_argument("name", help="of the JSON file, after the suite's")
+    parser.add_argument("--model")
+    parser.add_argument("--data")
+    parser.add_argument("--eval-data")
+    parser.add_argument("--samples", type=int, default=0, help="calibration documents, 0 for all")
+    parser.add_argument("--eval-samples", type=int, default=0, help="evaluation documents, 0 for all")
+    parser.add_argument("--random-seeds", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--prompt-length", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    show_logs(quiet=False)
+    document = {"quality": quality, "speed": speed}[args.suite](args)
+    document |= {
+        "model": Path(args.model).name if args.model else "GPT-2 small's shape, random weights",
+        "machine": machine(args.device),
+        "versions": versions(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{args.suite}-{args.name}.json"
+    target.write_text(to_json(document), encoding="utf-8")
+    log.info(f"written: benchmarks/results/{target.name}")
+
+
+if __name__ == "__main__":
+    main()
