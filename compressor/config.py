@@ -6,6 +6,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,12 @@ def resolve(config: str | Path | None, settings: Mapping[str, Any]) -> Recipe:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        shipped = Path(__file__).parent / "configs" / path.name
+    if not path.exists() and path.name == str(path):
+        path = Path(str(resources.files("compressor.configs"))) / path.name
+    if not path.is_file():
+        shipped = sorted(file.name for file in resources.files("compressor.configs").iterdir() if ".yaml" in file.name)
         raise RecipeError(
-            f"there is no recipe {path}" + (f"; one of that name is at {shipped}" if shipped.exists() else "")
+            f"there is no recipe {path.name}; give a YAML file, or a shipped recipe: {', '.join(shipped)}"
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
