@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torchmetrics import Metric
 
 from compressor.attention.layout import AttentionLayer, head_output_norms
 from compressor.attention.probe import SYMBOLS, Attended, AttentionProbe, sequence_symbols, token_symbols
@@ -18,14 +17,14 @@ from compressor.game.counts import PairHistogram, SymbolTable
 from compressor.game.dividends import pair_dividends_from, triple_dividends_from
 from compressor.game.entropy import triple_entropies
 from compressor.game.values import phi_from
+from compressor.measure.sums import WideSums
 from compressor.module import LanguageModel
 from compressor.types import LayerScores
 
 
-class FirstKeyMass(Metric):
+class FirstKeyMass(WideSums):
     """Mean attention mass of each head on the first key, over the real queries (after arXiv 2601.06787): [heads]."""
 
-    full_state_update = False
     mass: torch.Tensor
     queries: torch.Tensor
 
@@ -36,7 +35,7 @@ class FirstKeyMass(Metric):
 
     def update(self, mass: torch.Tensor, attention_mask: torch.Tensor) -> None:
         """Add masses [batch, heads, queries] where the mask [batch, queries] is 1."""
-        self.mass += (mass * attention_mask[:, None]).sum((0, 2))
+        self.mass += (mass * attention_mask[:, None]).sum((0, 2), dtype=self.mass.dtype)
         self.queries += attention_mask.sum()
 
     def compute(self) -> torch.Tensor:

@@ -90,7 +90,7 @@ def staged_directory(target: Path, force: bool = False) -> Iterator[Path]:
         raise ArtefactError(f"cannot write {target}: {error.strerror or error}") from error
     try:
         yield staged
-        staged.chmod(0o777 & ~_umask())
+        _open_to_others(staged)
         _replace(staged, target)
     except OSError as error:
         raise ArtefactError(f"cannot write {target}: {error.strerror or error}") from error
@@ -120,7 +120,9 @@ def _replace(staged: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _umask() -> int:
+def _open_to_others(directory: Path) -> None:
+    """Give files and directories the modes the user's umask asks for; temporary ones are made for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for path in (directory, *directory.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 
 from compressor.callbacks import HeadScoring, Progress
 from compressor.data import TextDataModule
+from compressor.errors import ModelError
 from compressor.module import LanguageModel
 
 _ADVICE = (
@@ -29,11 +31,18 @@ def run_scoring(module: LanguageModel, data: TextDataModule, scoring: HeadScorin
 
 
 def run_perplexity(module: LanguageModel, data: TextDataModule, device: torch.device, description: str) -> float:
-    """Perplexity over the evaluation windows, token-weighted."""
+    """Perplexity over the evaluation windows, token-weighted.
+
+    Raises:
+        ModelError: it is not a finite number.
+    """
     module.perplexity.reset()
     with _quiet_lightning():
         _trainer(device, [Progress(description)]).test(module, datamodule=data, verbose=False)
-    return float(module.perplexity.compute())
+    value = float(module.perplexity.compute())
+    if not math.isfinite(value):
+        raise ModelError(f"the {description} is {value}; its weights are broken, or too large for {module.model.dtype}")
+    return value
 
 
 def _trainer(device: torch.device, callbacks: list[L.Callback]) -> L.Trainer:

@@ -1,20 +1,17 @@
 """Perplexity over tokens, accumulated batch by batch and process by process."""
 
-from collections.abc import Callable, Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torchmetrics import Metric
 
 from compressor.errors import DataError
+from compressor.measure.sums import WideSums
 
 IGNORED = -100
 _ROWS = 512  # logits turned to float32 at a time: [512, V], not [B·T, V]
-_WITHOUT_FLOAT64 = frozenset({"mps"})
 
 
-class TokenPerplexity(Metric):
+class TokenPerplexity(WideSums):
     """exp of the mean negative log-likelihood per token, in nats, over all tokens whose label is not -100.
 
     Every token weighs the same, however the data were split into batches or processes. Log-likelihoods are taken in
@@ -23,7 +20,6 @@ class TokenPerplexity(Metric):
 
     is_differentiable = False
     higher_is_better = False
-    full_state_update = False
 
     nll_sum: Tensor
     token_count: Tensor
@@ -76,11 +72,3 @@ class TokenPerplexity(Metric):
     def tokens(self) -> int:
         """Tokens counted so far; reading it waits for the device."""
         return int(self.token_count)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        """Follow the model to another device, never to another precision: `model.to(bfloat16)` would round the sums."""
-        device = fn(torch.zeros((), device=self.device)).device
-        wide = torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
-        return super()._apply(
-            lambda state: state.to(device, wide if state.is_floating_point() else None), exclude_state
-        )

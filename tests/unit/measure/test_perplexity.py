@@ -9,7 +9,7 @@ from torchmetrics.text import Perplexity
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from compressor.errors import DataError
-from compressor.measure import TokenPerplexity, perplexity
+from compressor.measure import TokenPerplexity, sums
 from compressor.measure.memory import _LiveStorages
 
 
@@ -137,7 +137,7 @@ def test_sums_keep_their_precision_when_the_model_changes_its_own() -> None:
 
 
 def test_never_waits_for_the_device_and_does_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perplexity, "_WITHOUT_FLOAT64", {"meta"})
+    monkeypatch.setattr(sums, "_WITHOUT_FLOAT64", {"meta"})
     metric = TokenPerplexity().to("meta")
     logits, labels = batch()
     metric.update(logits.to("meta"), labels.to("meta"))  # a meta tensor has no value to wait for

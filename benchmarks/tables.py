@@ -1,0 +1,121 @@
+"""Turn benchmarks/results/*.json into the tables of the documentation, wherever a `<!-- table: NAME -->` stands.
+
+python benchmarks/tables.py          # rewrite README.md and benchmarks/README.md
+python benchmarks/tables.py --check  # fail if they do not say what the JSON says
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(document: dict[str, Any]) -> str:
+    """The Markdown of one suite's result."""
+    return {"quality": quality_table, "speed": speed_table}[document["suite"]](document)
+
+
+def quality_table(document: dict[str, Any]) -> str:
+    """Perplexity by criterion and ratio; the lowest of each ratio in bold, random included."""
+    rows = document["rows"]
+    dense = rows[0]["perplexity"]
+    ratios = list(document["summaries"])
+    cells: dict[str, list[tuple[float, str]]] = {}
+    for row in rows[1:]:
+        if row["kind"] != "random":
+            text = f"{row['perplexity']:.3f} ({row['perplexity_change']:+.1%})"
+            cells.setdefault(row["plan"]["criterion"], []).append((row["perplexity"], text))
+    for ratio in ratios:
+        random = document["summaries"][ratio]["random"]
+        text = f"{random['mean']:.3f} ± {random['sd']:.3f} ({random['mean'] / dense - 1:+.1%})"
+        cells.setdefault(f"random, {random['draws']} draws", []).append((random["mean"], text))
+    best = [min(column)[0] for column in zip(*cells.values(), strict=True)]
+    first = [next(row for row in rows[1:] if f"{row['plan']['ratio']:g}" == ratio) for ratio in ratios]
+    heads = [f"{row['plan']['removed_heads']} of {row['plan']['total_heads']} heads" for row in first]
+    lines = [_line("criterion", *(f"{float(ratio):.0%}: {count}" for ratio, count in zip(ratios, heads, strict=True)))]
+    lines.append(_line(*["---"] * (len(ratios) + 1)))
+    for name, columns in cells.items():
+        marked = [f"**{text}**" if value == low else text for (value, text), low in zip(columns, best, strict=True)]
+        lines.append(_line(name, *marked))
+    phi = [next(row for row in rows[1:] if row["name"] == f"gt-fep {ratio}") for ratio in ratios]
+    for share, name in (("total", "FLOPs of the whole model"), ("attention", "FLOPs of attention")):
+        lines.append(_line(f"*{name}*", *(_saved(row, rows[0], share) for row in phi)))
+    data, calibration = document["evaluation"], document["calibration"]
+    caption = (
+        f"{document['model']}: perplexity on {data['documents']:,} documents of {data['name']} ({data['tokens']:,} "
+        f"tokens), dense {dense:.3f}; calibrated on {calibration['documents']:,} documents of {calibration['name']}. "
+        f"FLOPs are those of gt-fep's models, one sequence of {rows[0]['costs']['length']} tokens. "
+        + " ".join(f"At {float(ratio):.0%}, {document['summaries'][ratio]['verdict']}." for ratio in ratios[-1:])
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def speed_table(document: dict[str, Any]) -> str:
+    """Tokens per second, and what the saved FLOPs alone would promise."""
+    lines = [_line("model", "FLOPs", "promised", "prefill tokens/s", "speed-up", "decode tokens/s", "speed-up")]
+    lines.append(_line(*["---"] * 7))
+    dense = document["rows"][0]
+    for row in document["rows"]:
+        ratio = row["costs"]["macs"]["total"] / dense["costs"]["macs"]["total"]
+        cells = []
+        for phase in ("prefill", "decode"):
+            measured = row["throughput"][phase]
+            speed, gain = measured["tokens_per_second"], measured["speedup"]
+            cells += [f"{speed['median']:,.0f} [{speed['min']:,.0f}, {speed['max']:,.0f}]"]
+            cells += ["" if row is dense else f"{gain['median']:.2f} [{gain['min']:.2f}, {gain['max']:.2f}]"]
+        promise = ("", "") if row is dense else (f"{ratio - 1:+.1%}", f"{1 / ratio:.2f}")
+        lines.append(_line(row["name"], *promise, *cells))
+    settings, machine = document["settings"], document["machine"]
+    caption = (
+        f"{document['model']}: median [minimum, maximum] of {settings['repeats']} interleaved repeats; batch "
+        f"{settings['batch_size']}, prompt {settings['prompt_length']}, {settings['new_tokens']} new tokens; "
+        f"{machine['processor']}, {machine['torch_threads']} threads, torch {document['versions']['torch']}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def _saved(row: dict[str, Any], dense: dict[str, Any], share: str) -> str:
+    return f"{row['costs']['macs'][share] / dense['costs']['macs'][share] - 1:+.1%}"
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def filled(text: str) -> str:
+    """A document with every table made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        result = json.loads((ROOT / "benchmarks" / "results" / f"{match[2]}.json").read_text(encoding="utf-8"))
+        return f"{match[1]}{table(result)}\n{match[3]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def main() -> None:
+    """Rewrite or check the documents."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        if filled(text) == text:
+            continue
+        stale.append(path.name)
+        if not check:
+            path.write_text(filled(text), encoding="utf-8")
+    if check and stale:
+        sys.exit(f"not what the JSON says: {', '.join(stale)}; run python benchmarks/tables.py")
+
+
+if __name__ == "__main__":
+    main()
