@@ -61,7 +61,7 @@ class HeadScoring(L.Callback):
 
     Args:
         layers: the model's attention layers.
-        alphabet: number of different symbols: the longest sequence, in tokens.
+        longest: the longest sequence, in tokens.
         symbol: "key", "offset" (one observation per token) or "sequence" (one per example).
         triple_layers: layers whose triple dividends are computed.
     """
@@ -69,7 +69,7 @@ class HeadScoring(L.Callback):
     def __init__(
         self,
         layers: Sequence[AttentionLayer],
-        alphabet: int,
+        longest: int,
         symbol: str = "key",
         triple_layers: Sequence[int] = (0,),
     ) -> None:
@@ -80,26 +80,28 @@ class HeadScoring(L.Callback):
                 raise RecipeError(f"triple_layers names layer {index}; the model has layers 0 to {len(layers) - 1}")
         self.layers = [layer for layer in layers if layer.num_heads]
         self.num_layers = len(layers)
-        self.alphabet = alphabet
+        self.longest = longest
         self.symbol = symbol
         self.triple_layers = frozenset(triple_layers)
-        self.observations = 0
         self.layers_scored: tuple[LayerScores, ...] = ()
+        self._shift = 0
         self._probe: AttentionProbe | None = None
         self._counts: dict[int, LayerCounts] = {}
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make room for the counts and attach the probe."""
         assert isinstance(pl_module, LanguageModel)
-        self.observations = 0
-        needed = sum(PairHistogram.bytes(layer.num_heads, self.alphabet) for layer in self.layers)
+        # Where queries see later keys too, offsets run from 1 − longest to longest − 1; counts want them from 0 on.
+        self._shift = self.longest - 1 if self.symbol == "offset" and pl_module.task == "masked" else 0
+        alphabet = self.longest + self._shift
+        needed = sum(PairHistogram.bytes(layer.num_heads, alphabet) for layer in self.layers)
         dense = self.symbol != "sequence" and needed <= free_memory(pl_module.device) // 4
         if self.symbol != "sequence":
             how = "dense joint histograms" if dense else "tables of symbols, for dense histograms would need"
             log.info(f"counting pairs in {how} ({needed / 2**20:,.0f} MiB) on {pl_module.device}")
         self._counts = {
             layer.index: LayerCounts(
-                layer.num_heads, self.alphabet, dense=dense, keep_symbols=layer.index in self.triple_layers
+                layer.num_heads, alphabet, dense=dense, keep_symbols=layer.index in self.triple_layers
             ).to(pl_module.device)
             for layer in self.layers
         }
@@ -148,9 +150,9 @@ class HeadScoring(L.Callback):
 
     def _count(self, counts: LayerCounts, attended: Attended, mask: torch.Tensor) -> None:
         if self.symbol == "sequence":
-            symbols = sequence_symbols(attended.key, mask, self.alphabet)
+            symbols = sequence_symbols(attended.key, mask, self.longest)
         else:
-            symbols = token_symbols(attended.key, mask, self.symbol)
+            symbols = token_symbols(attended.key, mask, self.symbol) + self._shift
         if counts.pairs is not None:
             counts.pairs.update(symbols)
         if counts.symbols is not None:

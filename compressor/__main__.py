@@ -9,7 +9,7 @@ import sys
 def main() -> None:
     """Run the command line and exit: 0 done, 1 a fault of ours, 2 the user's mistake, 130 interrupted."""
     from compressor.cli.app import app
-    from compressor.errors import CompressorError
+    from compressor.errors import CompressorError, Interrupted
 
     try:
         app(prog_name="compress")
@@ -18,7 +18,7 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         print("interrupted; nothing was left half-written", file=sys.stderr)
         sys.exit(130)
 

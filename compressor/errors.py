@@ -5,6 +5,10 @@ class CompressorError(Exception):
     """Base of every error a user can cause; the command line prints it in one line and exits with code 2."""
 
 
+class Interrupted(Exception):  # noqa: N818  (it is no error)
+    """Ctrl-C, on its way through the command line."""
+
+
 class RecipeError(CompressorError):
     """A setting, flag or recipe that cannot be used."""
 

@@ -5,12 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from compressor.cli import options as o
-from compressor.errors import RecipeError
+from compressor.errors import Interrupted, RecipeError
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # its parent, in whatever click Typer brings
+
+
+class Commands(TyperGroup):
+    """Commands whose misuse and interruption end as `main` says, not as Typer would print them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            raise RecipeError(f"{error.format_message()} (compress --help)") from error  # type: ignore[attr-defined]
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+
 
 app = typer.Typer(
     name="compress",
+    cls=Commands,
     help="Remove attention heads from a transformer, and learn honestly what it cost.",
     no_args_is_help=True,
     add_completion=False,
