@@ -31,11 +31,13 @@ from transformers.utils import logging as transformers_logging
 
 from compressor import assets
 from compressor.attention.surgery import prune_heads
+from compressor.context import max_positions
 from compressor.errors import ModelError, RecipeError
 from compressor.files import hash_files
 from compressor.types import Task
 
 EMBEDDED = "embedded"
+UNLIMITED = 1 << 30  # tokenizers write a far greater number where there is no limit
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _NAMES = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES}
 _CLASSES = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING, "masked": MODEL_FOR_MASKED_LM_MAPPING}
@@ -59,13 +61,8 @@ class LoadedModel:
     @property
     def context(self) -> int:
         """Longest sequence, in tokens, special ones included."""
-        config = self.model.config.get_text_config()
-        limits = [getattr(config, "max_position_embeddings", None) or 2048]
-        if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
-            limits[0] -= (config.pad_token_id or 0) + 1  # their positions start behind the padding index
-        if self.tokenizer.model_max_length:
-            limits.append(int(min(self.tokenizer.model_max_length, 1 << 30)))
-        return int(min(limits))
+        limits = (max_positions(self.model) or UNLIMITED, self.tokenizer.model_max_length or UNLIMITED)
+        return int(min(*limits, UNLIMITED))
 
 
 def load(

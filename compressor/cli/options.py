@@ -45,7 +45,8 @@ EvalSamples = Annotated[
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences per batch.  [default: 8]", rich_help_panel=_TEXT)]
 MaxLength = Annotated[
-    int | None, typer.Option(help="Tokens per sequence.  [default: the model's context]", rich_help_panel=_TEXT)
+    int | None,
+    typer.Option(help="Tokens per sequence.  [default: the model's context, 2048 at most]", rich_help_panel=_TEXT),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of every draw.  [default: 0]", rich_help_panel=_TEXT)]
 Symbol = Annotated[

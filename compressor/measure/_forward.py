@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PreTrainedModel
 
+from compressor.context import max_positions
 from compressor.errors import RecipeError
 
 
@@ -24,20 +25,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def require_length(model: PreTrainedModel, length: int) -> None:
     """Refuse a length, in tokens, for which `model` has no positions.
 
-    RoBERTa and its kin start counting after the padding index, so they have `padding_idx + 1` fewer positions than
-    `config.max_position_embeddings` says.
-
     Raises:
         RecipeError: `length` is below one, or above what the model can take.
     """
     if length < 1:
         raise RecipeError(f"Got a length of {length} tokens; a measurement needs at least one.")
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions -= module.padding_idx + 1
-            break
-    if length > positions:
+    positions = max_positions(model)
+    if positions is not None and length > positions:
         raise RecipeError(f"Got {length} tokens, but {type(model).__name__} has {positions} positions; ask for fewer.")
