@@ -35,7 +35,8 @@ class FirstKeyMass(WideSums):
 
     def update(self, mass: torch.Tensor, attention_mask: torch.Tensor) -> None:
         """Add masses [batch, heads, queries] where the mask [batch, queries] is 1."""
-        self.mass += (mass * attention_mask[:, None]).sum((0, 2), dtype=self.mass.dtype)
+        real = attention_mask[:, None].bool()
+        self.mass += torch.where(real, mass, 0).sum((0, 2), dtype=self.mass.dtype)  # padded queries may hold NaN
         self.queries += attention_mask.sum()
 
     def compute(self) -> torch.Tensor:
@@ -161,25 +162,22 @@ class HeadScoring(L.Callback):
 
     def _score(self, module: LanguageModel, layer: AttentionLayer) -> LayerScores:
         counts = self._counts[layer.index]
-        if counts.pairs is not None:
-            pairs = counts.pairs.compute()
-            observations = int(counts.pairs.singles[0].sum())
-        else:
-            assert counts.symbols is not None
-            pairs = counts.symbols.pair_entropies()
-            observations = len(counts.symbols.compute())
+        store = counts.pairs if counts.pairs is not None else counts.symbols
+        assert store is not None
+        observations = store.observations
         if not observations:
             raise DataError("there is nothing to score: no token was observed; give at least one document")
+        pairs = store.pair_entropies()
         triples = None
         if layer.index in self.triple_layers:
             assert counts.symbols is not None
-            triples = triple_dividends_from(pairs, triple_entropies(counts.symbols.compute()))
+            triples = triple_dividends_from(pairs, triple_entropies(counts.symbols.symbols()))
         return LayerScores(
             phi=phi_from(pairs),
             entropy=pairs.diagonal().clone(),
             pair_dividends=pair_dividends_from(pairs),
             triple_dividends=triples,
-            first_key_mass=counts.first.compute(),
+            first_key_mass=counts.first.compute().reshape(-1),  # torchmetrics squeezes a lone head's
             output_norm=head_output_norms(module.model, layer),
             observations=observations,
         )

@@ -1,5 +1,6 @@
 """What the tests share: no network, tiny random models saved with tiny tokenizers, and the command line in-process."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import atexit

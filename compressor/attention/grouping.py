@@ -30,7 +30,8 @@ def spread(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
         return states
     cache: dict[torch.device, torch.Tensor] = module.__dict__.setdefault("_key_value_index_on", {})
     if states.device not in cache:
-        cache[states.device] = torch.tensor(index, device=states.device)
+        with torch.inference_mode(False):  # or training would choke on a tensor that inference made
+            cache[states.device] = torch.tensor(index, device=states.device)
     return states.index_select(1, cache[states.device])
 
 

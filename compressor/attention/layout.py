@@ -55,11 +55,12 @@ class _Pattern:
 
     projections: tuple[tuple[str, tuple[str, ...]], ...]
     output: str
+    kind: type[nn.Module] = nn.Module
 
 
 _SEPARATE = ("query", "key", "value")
 _PATTERNS = (
-    _Pattern((("c_attn", _SEPARATE),), "c_proj"),  # GPT-2
+    _Pattern((("c_attn", _SEPARATE),), "c_proj", Conv1D),  # GPT-2; GPT-BigCode's Linear of that name interleaves heads
     _Pattern((("q_proj", ("query",)), ("k_proj", ("key",)), ("v_proj", ("value",))), "o_proj"),  # Llama and its kin
     _Pattern((("query", ("query",)), ("key", ("key",)), ("value", ("value",))), "..output.dense"),  # BERT, RoBERTa
 )
@@ -105,6 +106,10 @@ def attention_layers(model: PreTrainedModel) -> Sequence[AttentionLayer]:
     if getattr(model.config, "add_cross_attention", False):
         raise ModelError(f"{name} has cross-attention, whose heads cannot be pruned yet; expected self-attention only")
     modules = dict(model.named_modules())
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        raise ModelError(
+            f"{name} has block-sparse attention, which cannot be cut; set its attention_type to original_full"
+        )
     layers: list[AttentionLayer] = []
     for qualified, module in modules.items():
         if isinstance(module, EmptyAttention):
@@ -137,12 +142,12 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 def _match(module: nn.Module) -> _Pattern | None:
-    children = {name for name, _ in module.named_children()}
+    children = dict(module.named_children())
     for pattern in _PATTERNS:
         names = {name for name, _ in pattern.projections}
         if not pattern.output.startswith(".."):
             names.add(pattern.output)
-        if names <= children:
+        if names <= children.keys() and all(isinstance(children[name], pattern.kind) for name in names):
             return pattern
     return None
 
@@ -191,10 +196,11 @@ def _describe(index: int, qualified: str, modules: dict[str, nn.Module], pattern
 
 
 def _refuse_strangers(qualified: str, module: nn.Module, known: list[str], head_dim: int) -> None:
-    """Refuse parameters that may belong to single heads; one norm shared by all heads, [head_dim], is harmless."""
+    """Refuse parameters that may belong to single heads; a norm that all heads share, [head_dim], is harmless."""
     for name, parameter in module.named_parameters():
         full = f"{qualified}.{name}"
-        if not any(full.startswith(f"{projection}.") for projection in known) and parameter.shape != (head_dim,):
+        shared_norm = "norm" in name.rpartition(".")[0].lower() and parameter.shape == (head_dim,)
+        if not shared_norm and not any(full.startswith(f"{projection}.") for projection in known):
             raise ModelError(f"{full} {list(parameter.shape)} may belong to single heads and cannot be cut yet")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compressor.attention.grouping import attention_function, register, spread
+from compressor.attention.grouping import PREFIX, AttentionFunction, attention_function, register, spread
 from compressor.attention.layout import AttentionLayer
 from compressor.errors import ModelError
 
-PROBE = "compressor_probe"
+PROBE = "compressor_probe_"
 QUERY_BLOCK = 128  # queries whose attention scores exist at one time
 SYMBOLS = ("key", "offset", "sequence")
 
@@ -42,6 +43,7 @@ def attended_keys(
     *,
     scaling: float | None = None,
     causal: bool = False,
+    softcap: float | None = None,
     first_key: torch.Tensor | None = None,
     block: int = QUERY_BLOCK,
 ) -> Attended:
@@ -53,6 +55,7 @@ def attended_keys(
         mask: broadcastable to [batch, heads, queries, keys]: boolean (True may be seen) or additive; None sees all.
         scaling: factor on the scores; 1/√dim by default.
         causal: without a mask, query t sees keys 0 … t.
+        softcap: scores are bent to softcap · tanh(score / softcap), as in Gemma 2.
         first_key: [batch] index of the first real key of each sequence; 0 by default.
         block: queries per block; memory grows with `batch · heads · block · keys`.
     """
@@ -69,8 +72,10 @@ def attended_keys(
         # The query heads of a group are laid end to end, so that keys are never repeated.
         scores = rows.reshape(batch, kv_heads, -1, dim) @ transposed * scale
         scores = scores.reshape(batch, heads, size, keys)
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
         if mask is not None:
-            seen = mask[..., start : start + block, :]
+            seen = mask if mask.shape[-2] == 1 else mask[..., start : start + block, :]
             scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
         elif causal:
             place = torch.arange(keys, device=key.device)
@@ -172,12 +177,19 @@ class AttentionProbe:
         *,
         scaling: float | None = None,
         is_causal: bool | None = None,
+        softcap: float | None = None,
         **_: object,
     ) -> None:
         """Record what a layer attends to, given the arguments of its attention function."""
         causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         self.observed[index] = attended_keys(
-            query, spread(module, key), mask, scaling=scaling, causal=causal, first_key=self._first_key()
+            query,
+            spread(module, key),
+            mask,
+            scaling=scaling,
+            causal=causal and query.shape[2] > 1,  # as sdpa has it: a single query behind a cache sees all keys
+            softcap=softcap,
+            first_key=self._first_key(),
         )
 
     def _first_key(self) -> torch.Tensor | None:
@@ -195,8 +207,14 @@ class AttentionProbe:
                 _ACTIVE[module] = (self, index, implementation)
                 self._undo.append(partial(_ACTIVE.pop, module, None))
             self._undo.append(lambda: self.model.set_attn_implementation(implementation))
-            self.model.set_attn_implementation(PROBE)
+            # Flash and flex attention take masks of other forms; while they are watched, sdpa stands in for them.
+            self.model.set_attn_implementation(PROBE + ("eager" if implementation.endswith("eager") else "sdpa"))
             return
+        if implementation != "eager":
+            raise ModelError(
+                f"{type(self.model).__name__} bypasses the attention interface and runs {implementation!r}, which does "
+                "not tell what it attends to; load it with attn_implementation='eager'"
+            )
         for index, module in modules.items():
             hook = module.register_forward_hook(self._read_weights(index))
             self._undo.append(hook.remove)
@@ -211,7 +229,8 @@ class AttentionProbe:
         self.attention_mask = None
 
     def _remember_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.attention_mask = kwargs.get("attention_mask")
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        self.attention_mask = given.get("attention_mask")
 
     def _read_weights(self, index: int) -> Callable[..., None]:
         def read(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -231,22 +250,26 @@ class AttentionProbe:
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, tuple[AttentionProbe, int, str]] = weakref.WeakKeyDictionary()
 
 
-def _probed_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    active = _ACTIVE.get(module)
-    implementation = active[2] if active else "sdpa"
-    if active:
-        probe, index, _ = active
-        probe.observe(index, module, query, key, attention_mask, **kwargs)
-    # The mask has the form that sdpa takes, and eager attention would misread its None and its booleans.
-    base = "sdpa" if implementation == "eager" else implementation.replace("uneven_eager", "uneven_sdpa")
-    return attention_function(base, module)(module, query, key, value, attention_mask, **kwargs)
+def _probed(form: str) -> AttentionFunction:
+    """The probe for masks of one form, sdpa's or eager's; the model's own implementation of that form does the work."""
+
+    def attend(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        base = form
+        if (active := _ACTIVE.get(module)) is not None:
+            probe, index, implementation = active
+            probe.observe(index, module, query, key, attention_mask, **kwargs)
+            base = implementation if implementation.startswith(PREFIX) else form
+        return attention_function(base, module)(module, query, key, value, attention_mask, **kwargs)
+
+    return attend
 
 
-register(PROBE, _probed_attention, like="sdpa")
+for _form in ("sdpa", "eager"):
+    register(PROBE + _form, _probed(_form), like=_form)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -68,11 +69,11 @@ def _checked(
     plan: dict[int, tuple[int, ...]] = {}
     for index, requested in heads.items():
         removed = tuple(requested)
-        if not isinstance(index, int) or not 0 <= index < len(layers):
+        if not _is_number(index) or not 0 <= index < len(layers):
             raise PlanError(f"the plan names layer {index!r}; the model has layers 0 to {len(layers) - 1}")
         count = layers[index].num_heads
         for head in removed:
-            if not isinstance(head, int) or not 0 <= head < count:
+            if not _is_number(head) or not 0 <= head < count:
                 span = f"heads 0 to {count - 1}" if count else "no heads left"
                 raise PlanError(f"the plan names head {head!r} of layer {index}, which has {span}")
         if len(set(removed)) < len(removed):
@@ -80,8 +81,12 @@ def _checked(
         if removed and len(removed) == count and not allow_empty:
             raise PlanError(f"the plan removes all {count} heads of layer {index}; leave one, or allow empty layers")
         if removed:
-            plan[index] = tuple(sorted(removed))
+            plan[int(index)] = tuple(sorted(int(head) for head in removed))
     return plan
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _prune_layer(model: PreTrainedModel, layer: AttentionLayer, removed: Sequence[int]) -> None:

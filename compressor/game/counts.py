@@ -45,17 +45,27 @@ class PairHistogram(Metric):
         first, second = cast(torch.Tensor, self.index)
         self._count(self.pairs, columns[first] * self.alphabet + columns[second])
 
-    def compute(self) -> torch.Tensor:
-        """Joint entropies of all pairs, float64 [heads, heads] on the CPU, in nats; the diagonal holds the singles."""
+    def compute(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Joint entropies of all pairs, float64 [heads, heads] on the CPU, and the number of observations."""
         result = torch.diag(plugin_entropy(self.singles))
-        first, second = cast(torch.Tensor, self.index).cpu()
-        result[first, second] = result[second, first] = plugin_entropy(self.pairs.flatten(1))
-        return result
+        if self.num_heads > 1:
+            first, second = cast(torch.Tensor, self.index).cpu()
+            result[first, second] = result[second, first] = plugin_entropy(self.pairs.flatten(1))
+        return result, self.singles[0].sum()
+
+    def pair_entropies(self) -> torch.Tensor:
+        """Joint entropies of all pairs, float64 [heads, heads] on the CPU, in nats; the diagonal holds the singles."""
+        return self.compute()[0].reshape(self.num_heads, self.num_heads)  # torchmetrics squeezes a 1 × 1
+
+    @property
+    def observations(self) -> int:
+        """Number of observations, over all devices."""
+        return int(self.compute()[1])
 
     @staticmethod
     def _count(histograms: torch.Tensor, symbols: torch.Tensor) -> None:
         """Add symbols [rows, observations] to as many histograms."""
-        flat = histograms.view(symbols.shape[0], -1)
+        flat = histograms.flatten(1)
         flat.scatter_add_(1, symbols, torch.ones_like(symbols))
 
 
@@ -82,6 +92,15 @@ class SymbolTable(Metric):
         columns = [torch.unique(column, dim=0, return_inverse=True)[1] for column in rows.unbind(1)]
         return torch.stack(columns, dim=1)
 
+    def symbols(self) -> torch.Tensor:
+        """What `compute` gives, also where torchmetrics would squeeze a 1 × 1."""
+        return self.compute().reshape(-1, dim_zero_cat(self.rows).shape[1])
+
     def pair_entropies(self) -> torch.Tensor:
-        """The same as `PairHistogram.compute`, from the table."""
-        return pair_entropies(self.compute())
+        """The same as `PairHistogram.pair_entropies`, from the table."""
+        return pair_entropies(self.symbols())
+
+    @property
+    def observations(self) -> int:
+        """Number of observations, over all devices."""
+        return len(self.symbols())

@@ -34,7 +34,7 @@ def as_symbols(symbols: ArrayLike | torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: the array is not of integers, not two-dimensional, or empty.
     """
-    table = symbols if isinstance(symbols, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(symbols))
+    table = symbols if isinstance(symbols, torch.Tensor) else torch.from_numpy(np.array(symbols))
     if table.ndim != 2 or table.is_floating_point() or table.is_complex() or not table.numel():
         raise ValueError(
             f"symbols are {table.dtype} {list(table.shape)}; expected integers [observations, heads], none of them 0"

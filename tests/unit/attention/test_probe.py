@@ -1,0 +1,513 @@
+"""The probe against transformers' own eager attention matrices, and against brute force over all keys."""
+
+import copy
+import gc
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface, Gemma2Config, Gemma2ForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from compressor.attention import AttentionProbe, attention_layers, prune_heads
+from compressor.attention import probe as probing
+from compressor.attention.probe import attended_keys, sequence_symbols, token_symbols
+from compressor.errors import ModelError
+
+KINDS = pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "llama", "mistral", "qwen3"])
+PADDINGS = pytest.mark.parametrize("padding", ["none", "right", "left"])
+
+
+def watch(model, batch) -> dict[int, probing.Attended]:
+    with AttentionProbe(model, attention_layers(model)) as probe, torch.no_grad():
+        model(**batch)
+        return probe.take()
+
+
+def real(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[batch, heads, queries] → [real queries, heads]."""
+    return values.transpose(1, 2)[mask.bool()]
+
+
+def column_of_first(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    firsts = [row.tolist().index(1) for row in mask]
+    return torch.stack([weights[row, :, :, first] for row, first in enumerate(firsts)])
+
+
+@KINDS
+@PADDINGS
+@pytest.mark.parametrize("block", [1, 4, 128])
+def test_symbols_and_first_key_mass_equal_eager_attention(
+    build, make_batch, eager_attentions, monkeypatch, kind, padding, block
+):
+    """In float32, in which the eager attention of all these models computes its softmax."""
+    monkeypatch.setattr(probing, "attended_keys", partial(attended_keys, block=block))
+    model, batch = build(kind, dtype=torch.float32), make_batch(padding)
+    mask = batch["attention_mask"]
+    with eager_attentions(model) as attentions, torch.no_grad():
+        expected = attentions(**batch)
+    observed = watch(model, batch)
+    assert sorted(observed) == [0, 1]
+    for index, weights in enumerate(expected):
+        found = observed[index]
+        assert found.key.dtype == torch.int64
+        assert torch.equal(real(found.key, mask), real(weights.argmax(-1), mask))
+        first = real(column_of_first(weights, mask), mask)
+        assert torch.allclose(real(found.first, mask), first, rtol=1e-4, atol=1e-6)
+        assert len(real(found.key, mask).unique()) > 2  # these heads do look around
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
+@pytest.mark.parametrize("pruned", [{0: [1], 1: [0, 2]}, {0: [0, 3]}])
+def test_pruned_models_are_watched_too(build, make_batch, eager_attentions, kind, pruned):
+    """The heads that stay attend as in the dense model in layer 0, whose input is the same."""
+    dense, batch = build(kind, dtype=torch.float32), make_batch("right")
+    with eager_attentions(dense) as attentions, torch.no_grad():
+        weights = attentions(**batch)[0]
+    kept = [head for head in range(weights.shape[1]) if head not in pruned[0]]
+    model = prune_heads(copy.deepcopy(dense), pruned)
+    implementation = model.config._attn_implementation
+    observed = watch(model, batch)
+    assert torch.equal(
+        real(observed[0].key, batch["attention_mask"]), real(weights.argmax(-1)[:, kept], batch["attention_mask"])
+    )
+    assert model.config._attn_implementation == implementation
+
+
+def test_layers_without_heads_are_passed_over(build, make_batch):
+    model = prune_heads(build("gpt2"), {0: range(4)}, allow_empty=True)
+    assert sorted(watch(model, make_batch())) == [1]
+
+
+@pytest.fixture
+def flash_like():
+    """An attention function that takes its mask as flash attention does: None, or [batch, tokens]."""
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        assert attention_mask is None or attention_mask.ndim == 2
+        tokens = query.shape[2]
+        see = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        if attention_mask is not None:
+            see = see & attention_mask.bool()[:, None, None]
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, see.expand(len(query), 1, -1, -1), **kwargs)
+
+    AttentionInterface.register("takes_flat_masks", attend)
+    AttentionMaskInterface.register("takes_flat_masks", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
+    yield "takes_flat_masks"
+    AttentionInterface._global_mapping.pop("takes_flat_masks")
+    AttentionMaskInterface._global_mapping.pop("takes_flat_masks")
+
+
+def test_an_implementation_with_masks_of_its_own_form_can_be_watched(build, make_batch, flash_like):
+    """The mask under the probe is sdpa's, which flash and flex attention would choke on or misread."""
+    model, batch = build("llama", dtype=torch.float32), make_batch("right")
+    mask = batch["attention_mask"].bool()
+    expected = watch(model, batch)
+    model.set_attn_implementation(flash_like)
+    with torch.no_grad():
+        logits = model(**batch).logits[mask]
+        with AttentionProbe(model, attention_layers(model)) as probe:
+            assert torch.allclose(model(**batch).logits[mask], logits, rtol=1e-4, atol=1e-5)
+            observed = probe.take()
+    for index in expected:
+        assert torch.equal(real(observed[index].key, mask), real(expected[index].key, mask))
+    assert model.config._attn_implementation == flash_like
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "qwen3"])
+@PADDINGS
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_output_under_the_probe_is_the_output_without(build, make_batch, kind, padding, implementation):
+    model, batch = build(kind, implementation=implementation, dtype=torch.float32), make_batch(padding)
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**batch).logits[mask]
+        with AttentionProbe(model, attention_layers(model)):
+            actual = model(**batch).logits[mask]
+    tolerance = 0 if implementation == "sdpa" else 1e-4
+    assert float((actual - expected).abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_uneven_models_compute_the_same_under_the_probe(build, make_batch, implementation):
+    model = prune_heads(build("llama", implementation=implementation, dtype=torch.float32), {0: [0], 1: [3, 4]})
+    batch = make_batch("right")
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**batch).logits[mask]
+        with AttentionProbe(model, attention_layers(model)):
+            actual = model(**batch).logits[mask]
+    assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_capped_scores_are_watched_or_refused_in_one_line():
+    """Gemma 2 caps its scores, which sdpa cannot: a model of transformers' own must not end in a bare ValueError."""
+    config = Gemma2Config(
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    message = ""
+    try:
+        observed = watch(model, {"input_ids": torch.tensor([[3, 4, 5]])})
+    except ModelError as error:
+        observed, message = {0: None}, str(error)
+    assert sorted(observed) == [0]
+    assert "\n" not in message
+
+
+def brute_force(query, key, mask, scaling):
+    """Keys and masses, one query and one key at a time, in Python floats."""
+    batch, heads, queries, _ = query.shape
+    group = heads // key.shape[1]
+    best = torch.zeros(batch, heads, queries, dtype=torch.long)
+    first = torch.zeros(batch, heads, queries, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(queries):
+                scores = [
+                    sum(float(x) * float(y) for x, y in zip(query[b, h, t], key[b, h // group, k], strict=True))
+                    * scaling
+                    if mask[b, t, k]
+                    else -math.inf
+                    for k in range(key.shape[2])
+                ]
+                best[b, h, t] = scores.index(max(scores))
+                total = sum(math.exp(score - max(scores)) for score in scores)
+                first[b, h, t] = math.exp(scores[0] - max(scores)) / total
+    return best, first
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 100])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attended_keys_against_brute_force(block, causal, dtype):
+    """bfloat16 inputs are scored in float32: the products of their values are exact there."""
+    generator = torch.Generator().manual_seed(7)
+    query = torch.randn(2, 4, 7, 6, generator=generator).to(dtype)
+    key = torch.randn(2, 2, 7, 6, generator=generator).to(dtype)
+    see = torch.ones(2, 7, 7, dtype=torch.bool)
+    expected_key, expected_first = brute_force(query, key, see.tril() if causal else see, 0.7)
+    found = attended_keys(query, key, None, scaling=0.7, causal=causal, block=block)
+    assert torch.equal(found.key, expected_key)
+    assert torch.allclose(found.first.double(), expected_first, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [2, 5, 64])
+@pytest.mark.parametrize("form", ["boolean", "additive", "bfloat16"])
+def test_masks_of_both_forms_equal_the_causal_default(block, form):
+    generator = torch.Generator().manual_seed(1)
+    query, key = torch.randn(2, 3, 9, 4, generator=generator), torch.randn(2, 3, 9, 4, generator=generator)
+    see = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    mask = see
+    if form != "boolean":
+        dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
+        mask = torch.zeros(1, 1, 9, 9, dtype=dtype).masked_fill(~see, torch.finfo(dtype).min)
+    expected = attended_keys(query, key, None, causal=True)
+    found = attended_keys(query, key, mask, block=block)
+    assert torch.equal(found.key, expected.key)
+    assert torch.allclose(found.first, expected.first)
+
+
+@pytest.mark.parametrize("block", [2, 64])
+def test_a_mask_may_be_broadcast_over_the_queries(block):
+    """[batch, 1, 1, keys] is broadcastable to [batch, heads, queries, keys]: what an encoder's padding is."""
+    generator = torch.Generator().manual_seed(2)
+    query, key = torch.randn(2, 3, 5, 4, generator=generator), torch.randn(2, 3, 5, 4, generator=generator)
+    see = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)[:, None, None]
+    whole = attended_keys(query, key, see.expand(2, 1, 5, 5))
+    assert torch.equal(attended_keys(query, key, see, block=block).key, whole.key)
+
+
+def test_the_default_scaling_is_one_over_the_root_of_the_dimension():
+    query, key = torch.randn(1, 1, 3, 16), torch.randn(1, 1, 3, 16)
+    weights = torch.softmax(query @ key.transpose(-1, -2) / 4, -1)
+    assert torch.allclose(attended_keys(query, key, None).first, weights[..., 0])
+
+
+@pytest.mark.parametrize("block", [1, 2, 128])
+def test_ties_go_to_the_lowest_index(block):
+    """Equal keys give equal scores: with one key for all every query takes the first one it may see."""
+    query = torch.randn(1, 2, 6, 4, generator=torch.Generator().manual_seed(0))
+    same = torch.ones(1, 2, 6, 4)
+    assert attended_keys(query, same, None, block=block).key.eq(0).all()
+    assert attended_keys(query, same, None, causal=True, block=block).key.eq(0).all()
+    pad = torch.tensor([0, 0, 1, 1, 1, 1], dtype=torch.bool).expand(1, 1, 6, 6)
+    assert attended_keys(query, same, pad, block=block).key.eq(2).all()
+    repeated = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0])[None, None, :, None].expand(1, 2, 6, 4)
+    assert attended_keys(torch.ones(1, 2, 6, 4), repeated, None, block=block).key.eq(1).all()
+    assert torch.allclose(attended_keys(query, same, None, block=block).first, torch.tensor(1 / 6))
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_the_first_key_is_the_first_real_one(padding):
+    query, key = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    first = torch.tensor([0, 2])
+    found = attended_keys(query, key, None, first_key=first)
+    weights = torch.softmax(query @ key.transpose(-1, -2) / 2, -1)
+    assert torch.allclose(found.first[0], weights[0, ..., 0])
+    assert torch.allclose(found.first[1], weights[1, ..., 2])
+
+
+# --- symbols
+
+
+def by_hand(key: torch.Tensor, lengths: list[int], symbol: str):
+    """From unpadded sequences: key [heads, tokens] per row, one list of symbols per query."""
+    rows = []
+    for row, length in enumerate(lengths):
+        for query in range(length):
+            keys = [int(key[row, head, query]) for head in range(key.shape[1])]
+            rows.append(keys if symbol == "key" else [query - position for position in keys])
+    return rows
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_symbols_do_not_depend_on_the_padding(data):
+    """Any keys, any lengths, any padding on either side: the symbols are those counted without it."""
+    heads = data.draw(st.integers(1, 3))
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    width = max(lengths) + data.draw(st.integers(0, 3))
+    true = torch.zeros(len(lengths), heads, max(lengths), dtype=torch.long)
+    padded = torch.zeros(len(lengths), heads, width, dtype=torch.long)
+    mask = torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        shift = data.draw(st.integers(0, width - length))  # padding on both sides is allowed too
+        mask[row, shift : shift + length] = 1
+        for head in range(heads):
+            for query in range(length):
+                position = data.draw(st.integers(0, length - 1))
+                true[row, head, query] = position
+                padded[row, head, shift + query] = shift + position
+    for symbol in ("key", "offset"):
+        assert token_symbols(padded, mask, symbol).tolist() == by_hand(true, lengths, symbol)
+    tuples = sequence_symbols(padded, mask, width)
+    assert tuples.shape == (len(lengths), heads, width)
+    for row, length in enumerate(lengths):
+        for head in range(heads):
+            assert tuples[row, head].tolist() == true[row, head, :length].tolist() + [-1] * (width - length)
+
+
+def test_a_model_of_relative_positions_sees_the_same_symbols_wherever_the_padding_is(build, make_batch):
+    """Rotary positions are relative, so that left padding changes neither what Llama attends to nor the symbols."""
+    model = build("llama")
+    batch = make_batch("right")
+    lengths = batch["attention_mask"].sum(1).tolist()
+    left = {name: tensor.clone() for name, tensor in batch.items()}
+    for row, length in enumerate(lengths):
+        for tensor in left.values():
+            tensor[row] = tensor[row].roll(tensor.shape[1] - length)
+    right_seen, left_seen = watch(model, batch), watch(model, left)
+    for index in (0, 1):
+        alone = torch.cat(
+            [
+                token_symbols(watch(model, {"input_ids": row[None, :length]})[index].key, torch.ones(1, length), "key")
+                for row, length in zip(batch["input_ids"], lengths, strict=True)
+            ]
+        )
+        assert torch.equal(token_symbols(right_seen[index].key, batch["attention_mask"], "key"), alone)
+        assert torch.equal(token_symbols(left_seen[index].key, left["attention_mask"], "key"), alone)
+
+
+# --- the model is left as it was
+
+
+def state(model) -> tuple:
+    hooks = [
+        (name, len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
+    ]
+    return hooks, model.config._attn_implementation, model.config.output_attentions, model.config.to_dict()
+
+
+@pytest.fixture(params=[False, True], ids=["interface", "fallback"])
+def prepared(request, build, monkeypatch):
+    """A model, watched through the attention interface and as one that bypasses it."""
+    model = build("gpt2", implementation="eager", dtype=torch.float32)
+    model(torch.ones(1, 2, dtype=torch.long), output_attentions=True)  # transformers' own hooks stay once installed
+    if request.param:
+        monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    return model
+
+
+def test_everything_is_restored_after_the_block(prepared, make_batch):
+    model, batch = prepared, make_batch("right")
+    before = state(model)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with AttentionProbe(model, attention_layers(model)) as probe:
+            assert state(model) != before
+            model(**batch)
+            probe.take()
+        assert torch.equal(model(**batch).logits, expected)
+    assert state(model) == before
+    assert not len(probing._ACTIVE)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_everything_is_restored_after_an_exception(prepared, make_batch, error):
+    model, batch = prepared, make_batch()
+    before = state(model)
+
+    def interrupted() -> None:
+        with AttentionProbe(model, attention_layers(model)):
+            model(**batch)
+            raise error("in between")
+
+    with pytest.raises(error, match="in between"):
+        interrupted()
+    assert state(model) == before
+    assert not len(probing._ACTIVE)
+
+
+def test_everything_is_restored_when_attaching_fails(prepared, monkeypatch):
+    model = prepared
+    before = state(model)
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("no hooks today")
+
+    last = attention_layers(model)[-1]
+    if AttentionProbe(model, [last]).fallback:
+        monkeypatch.setattr(model.get_submodule(last.name), "register_forward_hook", fail)
+    else:
+        monkeypatch.setattr(model, "set_attn_implementation", lambda name: fail() if name.startswith(probing.PROBE) else None)
+    with pytest.raises(RuntimeError, match="no hooks today"):
+        AttentionProbe(model, attention_layers(model)).__enter__()
+    assert state(model) == before
+    assert not len(probing._ACTIVE)
+
+
+def test_a_probe_can_be_entered_again_and_does_not_keep_the_model_alive(build, make_batch):
+    model, batch = build("gpt2"), make_batch()
+    probe = AttentionProbe(model, attention_layers(model))
+    for _ in range(2):
+        with probe:
+            model(**batch)
+            assert sorted(probe.take()) == [0, 1]
+    assert probe.observed == {}
+    with AttentionProbe(model, attention_layers(model)):
+        assert len(probing._ACTIVE) == 2
+    del probe, model
+    gc.collect()
+    assert not len(probing._ACTIVE)
+
+
+def test_take_empties_and_names_the_layer_that_was_not_seen(build, make_batch):
+    model = build("gpt2")
+    with AttentionProbe(model, attention_layers(model)) as probe, torch.no_grad():
+        with pytest.raises(ModelError, match=r"transformer\.h\.0\.attn never told"):
+            probe.take()
+        model(**make_batch())
+        probe.take()
+        with pytest.raises(ModelError, match="never told"):
+            probe.take()
+
+
+def test_another_model_of_the_class_is_not_observed(build, make_batch):
+    watched, other = build("gpt2"), build("gpt2", seed=1)
+    with AttentionProbe(watched, attention_layers(watched)) as probe, torch.no_grad():
+        other(**make_batch())
+        assert probe.observed == {}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "llama"])
+@PADDINGS
+def test_the_fallback_sees_the_same(build, make_batch, monkeypatch, kind, padding):
+    model, batch = build(kind, implementation="eager", dtype=torch.float32), make_batch(padding)
+    mask = batch["attention_mask"]
+    expected = watch(model, batch)
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    assert AttentionProbe(model, attention_layers(model)).fallback
+    found = watch(model, batch)
+    for index in expected:
+        assert torch.equal(real(found[index].key, mask), real(expected[index].key, mask))
+        assert torch.allclose(real(found[index].first, mask), real(expected[index].first, mask), atol=1e-5)
+
+
+def test_a_fallback_without_attention_matrices_says_so(build, make_batch, monkeypatch):
+    """An sdpa model that bypasses the interface gives no matrices: better an error than no counts."""
+    model = build("gpt2")
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    with pytest.raises(ModelError, match="eager"), AttentionProbe(model, attention_layers(model)):
+        pass
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("backbone", [False, True])
+def test_a_mask_given_by_position_is_remembered(build, make_batch, backbone):
+    """The mask is the second argument of every backbone and language model here."""
+    model, batch = build("llama", dtype=torch.float32), make_batch("left")
+    mask = batch["attention_mask"]
+    expected = watch(model, batch)
+    called = model.base_model if backbone else model
+    with AttentionProbe(model, attention_layers(model)) as probe, torch.no_grad():
+        called(batch["input_ids"], mask)
+        found = probe.take()
+    for index in expected:
+        assert torch.equal(real(found[index].first, mask), real(expected[index].first, mask))
+
+
+def test_a_query_behind_a_cache_sees_the_whole_cache(build, make_batch):
+    """One new token with a cache comes without a mask, and sees all keys: sdpa is not causal for a single query."""
+    model = build("llama")
+    ids = make_batch()["input_ids"]
+    whole = watch(model, {"input_ids": ids})
+    with torch.no_grad():
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+    step = watch(model, {"input_ids": ids[:, -1:], "past_key_values": cache, "use_cache": True})
+    for index in whole:
+        assert torch.equal(step[index].key[..., 0], whole[index].key[..., -1])
+
+
+class Largest(TorchDispatchMode):
+    """Remember the biggest tensor that any operation makes, and whether one was [.., tokens, tokens]."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.elements = 0
+        self.square: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+                if tensor.ndim >= 2 and tensor.shape[-2] >= self.tokens <= tensor.shape[-1]:
+                    self.square.append(tensor.shape)
+        return result
+
+
+def test_no_matrix_of_all_scores_ever_exists():
+    heads, tokens, block = 4, 512, 64
+    query, key = torch.randn(1, heads, tokens, 8), torch.randn(1, 2, tokens, 8)
+    with Largest(tokens) as largest:
+        attended_keys(query, key, None, causal=True, block=block)
+    assert largest.elements == heads * block * tokens
+    assert not largest.square
+    with Largest(tokens) as whole:
+        attended_keys(query, key, None, causal=True, block=tokens)
+    assert whole.square  # the detector works
+
+
+def test_a_whole_model_under_the_probe_makes_no_matrix_of_scores(build, monkeypatch):
+    monkeypatch.setattr(probing, "attended_keys", partial(attended_keys, block=64))
+    model = build("llama", dtype=torch.float32, max_position_embeddings=512)
+    ids = torch.randint(3, 37, (1, 512), generator=torch.Generator().manual_seed(0))
+    with AttentionProbe(model, attention_layers(model)), Largest(512) as largest, torch.no_grad():
+        model.model(ids, use_cache=False)
+    assert largest.elements == 6 * 64 * 512
+    assert not largest.square

@@ -1,0 +1,121 @@
+"""Criteria on hand-made scores, whose values are written down here a second time."""
+
+import pytest
+import torch
+
+from compressor.criteria import criteria, criterion, random_scores, register
+from compressor.criteria import registry as registry_module
+from compressor.errors import RecipeError
+from compressor.types import HeadScores, LayerScores, Scores
+
+NAMES = {"gt-fep", "entropy", "bos-sink", "magnitude", "random"}
+
+
+def layer(phi: list[float], entropy: list[float], mass: list[float], norm: list[float]) -> LayerScores:
+    def vector(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    pairs = torch.zeros(len(phi), len(phi), dtype=torch.float64)
+    return LayerScores(vector(phi), vector(entropy), pairs, None, vector(mass), vector(norm), 10)
+
+
+SCORES = Scores(
+    (
+        layer([3.0, 1.5, 2.0], [0.5, 0.25, 1.0], [0.75, 0.0, 1.0], [7.0, 8.0, 9.0]),
+        layer([], [], [], []),
+        layer([4.0], [2.0], [0.5], [6.0]),
+    ),
+    {},
+)
+
+
+@pytest.fixture(autouse=True)
+def scratch(monkeypatch):
+    """Whatever a test registers is gone after it."""
+    monkeypatch.setattr(registry_module, "_REGISTRY", dict(registry_module._REGISTRY))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("gt-fep", ((3.0, 1.5, 2.0), (), (4.0,))),
+        ("entropy", ((0.5, 0.25, 1.0), (), (2.0,))),
+        ("bos-sink", ((0.25, 1.0, 0.0), (), (0.5,))),
+        ("magnitude", ((7.0, 8.0, 9.0), (), (6.0,))),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 5])
+def test_values(name, values, seed):
+    scores = criterion(name)(SCORES, seed)
+    assert scores == HeadScores(name, values)
+    assert scores.heads_per_layer == (3, 0, 1)
+    assert all(type(value) is float for row in scores.values for value in row)
+
+
+def test_every_criterion_scores_every_head():
+    assert {entry.name for entry in criteria()} == NAMES
+    for entry in criteria():
+        assert entry(SCORES).criterion == entry.name
+        assert entry(SCORES).heads_per_layer == (3, 0, 1)
+        assert entry.summary
+        assert "\n" not in entry.summary
+
+
+def test_random_is_the_same_for_a_seed_and_different_over_seeds():
+    draws = [criterion("random")(SCORES, seed) for seed in range(20)]
+    assert draws == [criterion("random")(SCORES, seed) for seed in range(20)]
+    assert len({draw.values for draw in draws}) == 20
+    assert draws[3] == random_scores([3, 0, 1], 3)
+    assert all(0 <= value < 1 for draw in draws for row in draw.values for value in row)
+
+
+def test_random_neither_reads_nor_moves_the_global_generator():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = random_scores([4, 4], 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert random_scores([4, 4], 0) == first
+
+
+def test_random_is_uniform_over_heads():
+    """Each of four heads is the lowest in about a quarter of 2,000 draws: 500 ± 4 standard deviations of 19."""
+    lowest = [min(range(4), key=random_scores([4], seed).values[0].__getitem__) for seed in range(2000)]
+    assert all(420 < lowest.count(head) < 580 for head in range(4))
+
+
+def test_random_layers_differ_from_each_other():
+    first, second = random_scores([5, 5], 0).values
+    assert first != second
+
+
+def test_a_name_is_taken_once():
+    @register("mine", "for this test")
+    def mine(scores: Scores, seed: int) -> list[list[float]]:
+        return [[float(seed)] * len(entry.phi) for entry in scores.layers]
+
+    assert criterion("mine")(SCORES, 2).values == ((2.0, 2.0, 2.0), (), (2.0,))
+    assert criteria()[-1].name == "mine"
+    for name in ("mine", "gt-fep"):
+        with pytest.raises(ValueError, match=f"already a criterion named '{name}'"):
+            register(name, "again")(mine)
+    assert criterion("gt-fep")(SCORES).values[0] == (3.0, 1.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("gt_fep", "gt-fep"), ("entropi", "entropy"), ("magnitute", "magnitude"), ("bos-sinks", "bos-sink")],
+)
+def test_a_misspelt_name_is_answered_with_the_right_one(wrong, meant):
+    with pytest.raises(RecipeError, match="did you mean") as caught:
+        criterion(wrong)
+    message = str(caught.value)
+    assert meant in message.split("known:")[0]
+    assert "\n" not in message
+    assert all(name in message for name in NAMES)
+
+
+def test_an_unlike_name_is_refused_without_a_guess():
+    with pytest.raises(RecipeError) as caught:
+        criterion("zzzzzz")
+    assert "did you mean" not in str(caught.value)
