@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 a fault of ours, 2 the user's mistake, 130 interrupted."""
-    from compressor.cli.app import app
     from compressor.errors import CompressorError, Interrupted
 
     try:
+        from compressor.cli.app import app
+
         app(prog_name="compress")
     except CompressorError as error:
         if os.environ.get("COMPRESSOR_DEBUG"):
-            raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt):

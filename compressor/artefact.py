@@ -14,6 +14,15 @@ from compressor.types import LayerScores, Scores
 
 SCHEMA_VERSION = 1
 TENSORS, FACTS = "scores.safetensors", "scores.json"
+_FACTS = {
+    "num_layers": int,
+    "layers": list,
+    "model": str,
+    "identity": dict,
+    "task": str,
+    "data": dict,
+    "settings": dict,
+}
 _FIELDS = ("phi", "entropy", "pair_dividends", "triple_dividends", "first_key_mass", "output_norm")
 
 
@@ -47,17 +56,35 @@ def load_scores(directory: Path) -> Scores:
             f"{directory} has schema version {facts.get('schema_version')!r}; this version reads {SCHEMA_VERSION}: "
             "score the model again"
         )
+    damaged = [name for name, kind in _FACTS.items() if not isinstance(facts.get(name), kind)]
     try:
         tensors = load_file(directory / TENSORS)
-        layers = tuple(
-            LayerScores(
-                **{field: tensors.get(f"layers.{index}.{field}") for field in _FIELDS},  # type: ignore[arg-type]
-                observations=int(tensors[f"layers.{index}.observations"]),
-            )
-            for index in range(facts["num_layers"])
-        )
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError) as error:
         raise ArtefactError(f"the scores in {directory} are damaged ({error}); score the model again") from error
-    if any(getattr(layer, field) is None for layer in layers for field in _FIELDS if field != "triple_dividends"):
-        raise ArtefactError(f"the scores in {directory} are incomplete; score the model again")
+    if not damaged and len(facts["layers"]) != facts["num_layers"]:
+        damaged = ["num_layers"]
+    if not damaged:
+        expected = _shapes([layer.get("heads") for layer in facts["layers"]])
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.endswith("triple_dividends")}
+        damaged = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if damaged:
+        raise ArtefactError(f"the scores in {directory} are damaged ({damaged[0]}); score the model again")
+    layers = tuple(
+        LayerScores(
+            **{field: tensors.get(f"layers.{index}.{field}") for field in _FIELDS},  # type: ignore[arg-type]
+            observations=int(tensors[f"layers.{index}.observations"]),
+        )
+        for index in range(facts["num_layers"])
+    )
     return Scores(layers, {key: value for key, value in facts.items() if key not in ("schema_version", "num_layers")})
+
+
+def _shapes(heads: list[int]) -> dict[str, tuple[int, ...]]:
+    """The shapes that layers of so many heads have on disk; triple dividends are there or not."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, count in enumerate(heads):
+        shapes |= {f"layers.{index}.{field}": (count,) for field in _FIELDS}
+        shapes[f"layers.{index}.pair_dividends"] = (count, count)
+        shapes[f"layers.{index}.observations"] = ()
+        del shapes[f"layers.{index}.triple_dividends"]
+    return shapes

@@ -22,6 +22,8 @@ from compressor.module import LanguageModel
 from compressor.trainer import run_perplexity
 from compressor.types import PruningPlan
 
+EQUAL = 1e-6  # relative difference of perplexities that rounding explains
+
 
 def compare(
     dense: LoadedModel,
@@ -174,13 +176,17 @@ def _verdict(rows: list[dict[str, Any]], random: dict[str, Any] | None) -> str:
     """Who wins, whoever it is."""
     base = rows[0]["perplexity"]
     entries = [(row["perplexity"], row["name"]) for row in rows if row["kind"] in ("pruned", "rival")]
-    words = {name: f"{name} ({value / base - 1:+.1%})" for value, name in entries}
+    places: list[tuple[float, list[str]]] = []
+    for value, name in sorted(entries):
+        if places and value <= places[-1][0] * (1 + EQUAL):  # the same heads removed, up to rounding
+            places[-1][1].append(name)
+        else:
+            places.append((value, [name]))
+    phrases = [(value, f"{' and '.join(names)} ({value / base - 1:+.1%})") for value, names in places]
     if random is not None:
-        entries.append((random["mean"], "random"))
         spread = f"{random['mean'] / base - 1:+.1%} ± {random['sd'] / base:.1%}, {random['draws']} draws"
-        words["random"] = f"random ({spread})"
-    entries.sort()
-    ranked = [words[name] for _, name in entries]
-    if len(ranked) == 1:
-        return f"{ranked[0]} against the dense model"
-    return f"lowest perplexity: {ranked[0]}; then {', '.join(ranked[1:])}"
+        phrases.append((random["mean"], f"random ({spread})"))
+    words = [phrase for _, phrase in sorted(phrases)]
+    if len(words) == 1:
+        return f"{words[0]} against the dense model"
+    return f"lowest perplexity: {words[0]}; then {', '.join(words[1:])}"

@@ -61,6 +61,8 @@ class Recipe:
             value = getattr(self, field.name)
             if not _fits(value, hints[field.name]):
                 raise RecipeError(f"{field.name} is {value!r}; expected {_kind(hints[field.name])}")
+        if self.model == "":
+            raise RecipeError("model is ''; expected a model directory, a hub id or 'embedded'")
         if not 0 < self.ratio < 1:
             raise RecipeError(f"ratio is {self.ratio:g}; expected a share of heads between 0 and 1, both excluded")
         least = {
@@ -78,6 +80,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise RecipeError(f"{name} is {value}; expected {minimum} or more")
+        if self.seed >= 1 << 32:
+            raise RecipeError(f"seed is {self.seed}; expected less than 2³² = {1 << 32}")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:

@@ -1,7 +1,8 @@
-"""How long a sequence a model can take."""
+"""What a model can take: which tokens, and how many of them."""
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
 
@@ -20,3 +21,10 @@ def max_positions(model: PreTrainedModel) -> int | None:
         if name.endswith("position_embeddings") and padding is not None:
             return positions - int(padding) - 1
     return positions
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of token ids that the model has an embedding for."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]

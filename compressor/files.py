@@ -44,6 +44,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_run(directory: Path) -> dict[str, Any] | None:
+    """What a finished run of ours says of itself, or None where there is none."""
+    try:
+        facts = read_json(directory / RUN_FILE)
+    except ArtefactError:
+        return None
+    wanted = {"verb": str, "model": str, "finished": int}
+    return facts if all(isinstance(facts.get(name), kind) for name, kind in wanted.items()) else None
+
+
+def is_directory(name: str | Path) -> bool:
+    """Whether there is such a directory; a name that cannot be a path is none."""
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def is_file(name: str | Path) -> bool:
+    """Whether there is such a file, in the same manner."""
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
 def hash_files(paths: Iterable[Path]) -> str:
     """sha256 over names and contents of files, in order of name."""
     digest = hashlib.sha256()
@@ -63,14 +89,14 @@ def check_target(target: Path, force: bool) -> None:
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ArtefactError(f"{target} is not a directory; choose another --output-dir")
+    if Path.cwd().is_relative_to(target.absolute()):
+        raise ArtefactError(f"{target} holds the working directory; choose an --output-dir inside it")
     if not target.exists() or not any(target.iterdir()):
         return
     if not force:
         raise ArtefactError(f"{target} is not empty; choose another --output-dir, or --force to replace it")
-    if not (target / RUN_FILE).is_file():
-        raise ArtefactError(
-            f"{target} was not written by compressor (it has no {RUN_FILE}), so --force leaves it alone"
-        )
+    if read_run(target) is None:
+        raise ArtefactError(f"{target} was not written by compressor (see its {RUN_FILE}); --force leaves it alone")
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,7 +33,7 @@ from compressor import assets
 from compressor.attention.surgery import prune_heads
 from compressor.context import max_positions
 from compressor.errors import ModelError, RecipeError
-from compressor.files import hash_files
+from compressor.files import hash_files, is_directory, is_file
 from compressor.types import Task
 
 EMBEDDED = "embedded"
@@ -168,7 +168,7 @@ def choose_device(device: str) -> tuple[torch.device, str]:
         return (found, "the accelerator at hand") if found else (torch.device("cpu"), "no accelerator at hand")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.empty(0, device=chosen).cpu()  # the meta device holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RecipeError(f"device {device!r} cannot be used here; expected auto, cpu, cuda, cuda:1, mps …") from error
     return chosen, "as asked"
@@ -194,16 +194,18 @@ def _resolve(name: str) -> str:
     """The directory or hub id behind a name."""
     if name == EMBEDDED:
         return str(assets.MODEL)
-    folder = Path(name).expanduser()
-    if (folder / "checkpoint" / "config.json").is_file():  # what `compress prune --export` wrote
-        return str(folder / "checkpoint")
-    if folder.is_dir():
+    if not name:
+        raise ModelError("the model has no name; expected a model directory, a hub id or 'embedded'")
+    if is_directory(name):
+        folder = Path(name).expanduser()
+        if (folder / "checkpoint" / "config.json").is_file():  # what `compress prune --export` wrote
+            return str(folder / "checkpoint")
         if not (folder / "config.json").is_file():
             raise ModelError(f"{name} holds no config.json; expected a directory that save_pretrained wrote")
         return str(folder)
-    if folder.exists():
+    if is_file(name):
         raise ModelError(f"{name} is a file; expected a model directory, a hub id or 'embedded'")
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.sep in name.rstrip("/")[:1]:
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no directory {name}; expected a model directory, a hub id or 'embedded'")
     return name
 
@@ -211,7 +213,7 @@ def _resolve(name: str) -> str:
 def _config(source: str, name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged config can trip over anything
         raise ModelError(_explain(name, source, error)) from error
     return cast(PreTrainedConfig, config)
 
@@ -240,7 +242,7 @@ def _weights(
             output_loading_info=True,
             **({} if stock else {"trust_remote_code": trust_remote_code}),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(name, source, error)) from error
     missing = sorted(report["missing_keys"])
     if missing:

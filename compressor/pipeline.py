@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from compressor import comparison
 from compressor.artefact import load_scores, save_scores
@@ -18,19 +17,20 @@ from compressor.budget import allocate
 from compressor.callbacks import HeadScoring
 from compressor.config import Recipe, resolve
 from compressor.console import log
+from compressor.context import vocabulary_size
 from compressor.criteria import criteria, criterion, random_scores
 from compressor.data import TextDataModule
 from compressor.environment import machine, versions
-from compressor.errors import ArtefactError, RecipeError
+from compressor.errors import ArtefactError, ModelError, RecipeError
 from compressor.export import RECORD, write_checkpoint
-from compressor.files import RUN_FILE, next_directory, read_json, staged_directory, to_json
+from compressor.files import read_json, to_json
 from compressor.loading import EMBEDDED, LoadedModel, choose_device, load_model
 from compressor.measure.costs import measure_costs
 from compressor.module import LanguageModel
+from compressor.runs import check_output, newest_run, result_directory
 from compressor.trainer import run_scoring
 from compressor.types import LayerScores, PruningPlan, Scores
 
-RUNS = Path("runs")
 CHECKPOINT = "checkpoint"
 WINDOW = 2048  # tokens of a sequence, unless more are asked for: attention over a long context is another benchmark
 SATURATED = 0.99  # of ln N: a single head's entropy up here says that hardly any symbol was seen twice
@@ -87,7 +87,7 @@ def score(
         CompressorError: anything a user can mend.
     """
     recipe = _naming(resolve(config, settings), EMBEDDED)
-    with _result("score", recipe, output_dir, force) as (staged, target):
+    with result_directory("score", recipe, output_dir, force) as (staged, target):
         scores = score_model(_load(recipe), recipe)
         save_scores(scores, staged)
     return ScoreRun(scores, target)
@@ -97,15 +97,17 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
     """Score a model that is already loaded."""
     layers = attention_layers(loaded.model)
     data = _data(loaded, recipe)
-    data.setup()
     log.info(data.describe()[0])
     windows = data.calibration
     triple_layers = recipe.triple_layers if recipe.triple_layers is not None else [0]
     scoring = HeadScoring(layers, windows.longest, recipe.symbol, triple_layers)
     run_scoring(LanguageModel(loaded.model, loaded.task), data, scoring, loaded.model.device)
-    saturated = [index for index, layer in enumerate(scoring.layers_scored) if is_saturated(layer)]
+    scored = scoring.layers_scored
+    if not all(torch.isfinite(torch.cat([layer.first_key_mass, layer.output_norm])).all() for layer in scored):
+        raise ModelError(f"the attention of {loaded.name} is not finite; its weights are broken")
+    saturated = [index for index, layer in enumerate(scored) if is_saturated(layer)]
     if saturated:
-        observations = scoring.layers_scored[saturated[0]].observations
+        observations = scored[saturated[0]].observations
         log.warning(
             f"the entropies of {len(saturated)} of {len(layers)} layers are saturated: with {observations:,} "
             f"observations nearly every symbol is unique, and the estimate is close to ln {observations:,} = "
@@ -142,7 +144,7 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
         "seed": recipe.seed,
         "versions": versions(),
     }
-    return Scores(scoring.layers_scored, facts)
+    return Scores(scored, facts)
 
 
 def is_saturated(layer: LayerScores) -> bool:
@@ -170,8 +172,13 @@ def prune(
         config, output_dir, force, settings: as for `score`.
     """
     recipe = resolve(config, settings)
+    rule = criterion(recipe.criterion)
+    if not dry_run:
+        check_output(output_dir, force)
     if scores is None:
-        scores = _newest("score", recipe.model)
+        scores = newest_run("score", recipe.model)
+        if scores is None and dry_run:
+            raise ArtefactError("there is no score run, and a dry run makes none; run `compress score` first")
         if scores is None:
             log.info(f"there is no score run{f' of {recipe.model}' if recipe.model else ''} yet: scoring first")
             scores = score(config=config, **settings).directory
@@ -181,7 +188,7 @@ def prune(
     recipe = _naming(recipe, evidence.facts["model"])
     recipe = replace(recipe, task=recipe.task or evidence.facts["task"])
     plan = allocate(
-        criterion(recipe.criterion)(evidence, recipe.seed),
+        rule(evidence, recipe.seed),
         recipe.ratio,
         recipe.scope,
         allow_empty=recipe.allow_empty,
@@ -190,7 +197,7 @@ def prune(
     document: dict[str, Any] = {"plan": plan.to_dict()}
     if dry_run:
         return PruneRun(plan, document, None, None)
-    with _result("prune", recipe, output_dir, force) as (staged, target):
+    with result_directory("prune", recipe, output_dir, force) as (staged, target):
         # A checkpoint keeps the dtype it came in, even where computing in it is slow.
         loaded = _load(replace(recipe, dtype="stored" if recipe.dtype == "auto" else recipe.dtype))
         _check_same_model(loaded, evidence, Path(scores))
@@ -228,8 +235,9 @@ def bench(
         config, output_dir, force, settings: as for `score`.
     """
     recipe = resolve(config, settings)
+    check_output(output_dir, force)
     if not against:
-        newest = _newest("prune", recipe.model, holding=CHECKPOINT)
+        newest = newest_run("prune", recipe.model, holding=CHECKPOINT)
         if newest is None:
             raise ArtefactError(
                 "there is nothing to compare with; give --against, or run `compress prune --export` first"
@@ -237,21 +245,17 @@ def bench(
         log.info(f"comparing with the newest pruned checkpoint, {newest / CHECKPOINT}")
         against = (newest / CHECKPOINT,)
     folders = [folder / CHECKPOINT if (folder / CHECKPOINT).is_dir() else folder for folder in map(Path, against)]
-    record = read_json(folders[0] / RECORD) if (folders[0] / RECORD).is_file() else None
+    record = _record(folders[0])
     if recipe.model is None and record is None:
         raise RecipeError(f"{folders[0]} does not say which model it was pruned from; give --model")
     recipe = _naming(recipe, record["base"]["model"] if record else "")
-    with _result("bench", recipe, output_dir, force) as (staged, target):
+    with result_directory("bench", recipe, output_dir, force) as (staged, target):
         dense = _load(recipe)
         contenders = {
             name: _load(replace(recipe, model=str(folder), revision=None, task=dense.task), name)
-            for folder in folders
-            for name in [_contender_name(folder)]
+            for name, folder in _named(folders).items()
         }
-        if len(contenders) < len(folders):
-            raise RecipeError("--against names the same checkpoint twice, or two of one name; give each once")
         data = _data(dense, recipe)
-        data.setup()
         log.info(data.describe()[1])
         plans: dict[str, PruningPlan] = {}
         if record is not None and record["base"]["identity"] == dense.identity:
@@ -261,6 +265,11 @@ def bench(
             "machine": machine(dense.model.device),
             "versions": versions(),
         }
+        if not plans:
+            log.warning(
+                f"no random pruning{' and no other criteria' if scores else ''} to compare with: {folders[0]} does not "
+                f"say that it was pruned from {dense.name}"
+            )
         (staged / "bench.json").write_text(to_json(document), encoding="utf-8")
     return BenchRun(document, target)
 
@@ -271,7 +280,7 @@ def run(
     """Score, prune, export and bench in one directory: `scores/`, `pruned/checkpoint/` and `bench/`."""
     recipe = _naming(resolve(config, settings), EMBEDDED)
     criterion(recipe.criterion)  # a misspelt name should not cost a scoring epoch
-    with _result("run", recipe, output_dir, force) as (staged, target):
+    with result_directory("run", recipe, output_dir, force) as (staged, target):
         common = {name: value for name, value in asdict(recipe).items() if value is not None}
         scored = score(output_dir=staged / "scores", **common)
         pruned = prune(scores=scored.directory, export=True, output_dir=staged / "pruned", **common)
@@ -309,7 +318,7 @@ def _load(recipe: Recipe, label: str | None = None) -> LoadedModel:
 def _data(loaded: LoadedModel, recipe: Recipe) -> TextDataModule:
     if recipe.max_length is not None and recipe.max_length > loaded.context:
         raise RecipeError(f"max_length is {recipe.max_length}; {loaded.name} takes {loaded.context} tokens at most")
-    return TextDataModule(
+    data = TextDataModule(
         loaded.tokenizer,
         task=loaded.task,
         data=recipe.calibration_data,
@@ -321,6 +330,14 @@ def _data(loaded: LoadedModel, recipe: Recipe) -> TextDataModule:
         max_length=recipe.max_length or min(loaded.context, WINDOW),
         seed=recipe.seed,
     )
+    data.setup()
+    rows = vocabulary_size(loaded.model)
+    highest = max(int(window.max()) for windows in (data.calibration, data.evaluation) for window in windows.input_ids)
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer of {loaded.name} gives token {highest}, but the model knows {rows}; is it the model's own?"
+        )
+    return data
 
 
 def _check_same_model(loaded: LoadedModel, scores: Scores, directory: Path) -> None:
@@ -331,11 +348,33 @@ def _check_same_model(loaded: LoadedModel, scores: Scores, directory: Path) -> N
         )
 
 
-def _contender_name(folder: Path) -> str:
-    if (folder / RECORD).is_file():
-        plan = read_json(folder / RECORD)["plan"]
-        return f"{plan['criterion']} {plan['removed_heads']}/{plan['total_heads']}"
-    return folder.name
+def _record(folder: Path) -> dict[str, Any] | None:
+    """The record of what was pruned, where a checkpoint has one."""
+    if not (folder / RECORD).is_file():
+        return None
+    record = read_json(folder / RECORD)
+    base, plan = record.get("base"), record.get("plan")
+    known = isinstance(base, dict) and {"model", "identity"} <= base.keys()
+    wanted = {"criterion", "ratio", "scope", "allow_empty", "heads_per_layer", "removed_heads", "total_heads"}
+    if not known or not isinstance(plan, dict) or not wanted <= plan.keys():
+        raise ArtefactError(f"{folder / RECORD} is damaged; prune and export the model again")
+    return record
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """A name for each checkpoint: what was pruned, where that tells them apart, else where it is."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise RecipeError("--against names the same checkpoint twice; give each once")
+    named: dict[str, Path] = {}
+    taken = {"dense", *(rival.name for rival in criteria())}
+    for folder in folders:
+        record = _record(folder)
+        name = folder.name
+        if record is not None:
+            plan = record["plan"]
+            name = f"{plan['criterion']} {plan['removed_heads']}/{plan['total_heads']}"
+        named[f"{name} ({folder})" if name in taken or name in named else name] = folder
+    return named
 
 
 def _rival_plans(
@@ -353,41 +392,3 @@ def _rival_plans(
     for seed in range(recipe.seed, recipe.seed + recipe.random_seeds):
         plans[f"random (seed {seed})"] = allocate(random_scores(plan["heads_per_layer"], seed), **rule, seed=seed)
     return plans
-
-
-@contextmanager
-def _result(verb: str, recipe: Recipe, output_dir: str | Path | None, force: bool) -> Iterator[tuple[Path, Path]]:
-    """Yield (a directory to write to, where it will be); what was written appears there whole, or not at all."""
-    assert recipe.model is not None
-    target = Path(output_dir) if output_dir is not None else next_directory(RUNS / _slug(recipe.model), verb)
-    started = datetime.now(UTC)
-    clock = time.perf_counter()
-    with staged_directory(target, force) as staged:
-        yield staged, target
-        (staged / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        facts = {
-            "verb": verb,
-            "model": recipe.model,
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - clock, 3),
-            "finished": time.time_ns(),
-            "machine": machine(choose_device(recipe.device)[0]),
-        }
-        (staged / RUN_FILE).write_text(to_json(facts), encoding="utf-8")
-
-
-def _newest(verb: str, model: str | None, holding: str = "") -> Path | None:
-    """The directory of the newest finished run of a verb under `runs/`, of `model` if one is named."""
-    found = []
-    for file in RUNS.glob("**/" + RUN_FILE):
-        if any(part.startswith(".") for part in file.parts):
-            continue  # unfinished work
-        facts = read_json(file)
-        if facts.get("verb") == verb and model in (None, facts.get("model")) and (file.parent / holding).is_dir():
-            found.append((facts["finished"], file.parent))
-    return max(found)[1] if found else None
-
-
-def _slug(model: str) -> str:
-    name = model.rstrip("/") if not Path(model).is_dir() else Path(model).resolve().name
-    return "".join(letter if letter.isalnum() or letter in "-_." else "--" for letter in name).lstrip(".") or "model"

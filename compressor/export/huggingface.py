@@ -28,7 +28,7 @@ def write_checkpoint(loaded: LoadedModel, record: Mapping[str, Any], directory: 
     directory.mkdir()
     loaded.model.save_pretrained(directory)
     loaded.tokenizer.save_pretrained(directory)
-    deviation = largest_deviation(loaded.model, loaded.tokenizer, directory, loaded.task)
+    deviation = largest_deviation(loaded.model, directory, loaded.task)
     written = {**record, "verified": {"reloaded_with": "compressor.load", "largest_logit_deviation": deviation}}
     (directory / RECORD).write_text(to_json(written), encoding="utf-8")
     return written

@@ -132,6 +132,15 @@ def test_files_and_links_are_no_targets(tmp_path: Path) -> None:
                 check_target(tmp_path / name, force)
 
 
+def test_the_working_directory_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "deeper")
+    for name in (".", "..", str(tmp_path)):
+        with pytest.raises(ArtefactError, match="working directory"):
+            check_target(Path(name), force=True)
+    check_target(Path("out"), force=False)
+
+
 def test_a_parent_that_is_a_file_is_a_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtefactError, match="file/below"), staged_directory(tmp_path / "file" / "below"):

@@ -335,6 +335,21 @@ def test_prune_without_scores_scores_first(compress: Compress, here: Path, model
     assert (here / "runs" / "gpt2" / "prune" / "checkpoint").is_dir()
 
 
+def test_prune_loads_the_model_for_the_task_it_was_scored_for(here: Path, texts: str) -> None:
+    """A BERT that may decode does both; left to its config it would be the causal one."""
+    model = tiny_model("bert")
+    model.config.is_decoder = True
+    model.config.architectures = ["BertLMHeadModel"]
+    model.save_pretrained("both")
+    config = json.loads(Path("both/config.json").read_text())
+    Path("both/config.json").write_text(json.dumps({**config, "architectures": ["BertLMHeadModel"]}))
+    tiny_tokenizer("bert").save_pretrained("both")
+    assert load_model("both").task == "causal"
+    scored = compressor.score(model="both", data=texts, task="masked", samples=4)
+    assert scored.scores.facts["task"] == "masked"
+    assert compressor.prune(scores=scored.directory).document["base"]["task"] == "masked"
+
+
 def test_a_dry_run_writes_nothing(compress: Compress, here: Path, models: dict[str, str], texts: str) -> None:
     compressor.score(model=models["gpt2"], data=texts)
     before = snapshot(here)

@@ -145,27 +145,36 @@ def test_uneven_models_compute_the_same_under_the_probe(build, make_batch, imple
     assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_capped_scores_are_watched_or_refused_in_one_line():
-    """Gemma 2 caps its scores, which sdpa cannot: a model of transformers' own must not end in a bare ValueError."""
+@PADDINGS
+def test_capped_scores_are_watched_as_they_are(make_batch, padding):
+    """Gemma 2 bends its scores, which sdpa cannot: its own eager attention does the work under the probe."""
     config = Gemma2Config(
         vocab_size=37,
         hidden_size=16,
         intermediate_size=16,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=4,
+        attn_logit_softcapping=0.5,
+        initializer_range=0.7,
         bos_token_id=1,
         eos_token_id=2,
     )
-    model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
-    message = ""
-    try:
-        observed = watch(model, {"input_ids": torch.tensor([[3, 4, 5]])})
-    except ModelError as error:
-        observed, message = {0: None}, str(error)
-    assert sorted(observed) == [0]
-    assert "\n" not in message
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    batch = make_batch(padding)
+    mask = batch["attention_mask"]
+    with torch.no_grad():
+        expected = model(**batch, output_attentions=True)
+        with AttentionProbe(model, attention_layers(model)) as probe:
+            assert torch.allclose(model(**batch).logits[mask.bool()], expected.logits[mask.bool()], atol=1e-5)
+            observed = probe.take()
+    for index, weights in enumerate(expected.attentions):
+        first = real(column_of_first(weights, mask), mask)
+        assert torch.allclose(real(observed[index].first, mask), first, rtol=1e-4, atol=1e-6)
+        assert torch.equal(real(observed[index].key, mask), real(weights.argmax(-1), mask))
 
 
 def brute_force(query, key, mask, scaling):
@@ -383,7 +392,9 @@ def test_everything_is_restored_when_attaching_fails(prepared, monkeypatch):
     if AttentionProbe(model, [last]).fallback:
         monkeypatch.setattr(model.get_submodule(last.name), "register_forward_hook", fail)
     else:
-        monkeypatch.setattr(model, "set_attn_implementation", lambda name: fail() if name.startswith(probing.PROBE) else None)
+        monkeypatch.setattr(
+            model, "set_attn_implementation", lambda name: fail() if name.startswith(probing.PROBE) else None
+        )
     with pytest.raises(RuntimeError, match="no hooks today"):
         AttentionProbe(model, attention_layers(model)).__enter__()
     assert state(model) == before
