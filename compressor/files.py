@@ -89,7 +89,7 @@ def check_target(target: Path, force: bool) -> None:
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ArtefactError(f"{target} is not a directory; choose another --output-dir")
-    if Path.cwd().is_relative_to(target.absolute()):
+    if Path.cwd().is_relative_to(target.resolve()):
         raise ArtefactError(f"{target} holds the working directory; choose an --output-dir inside it")
     if not target.exists() or not any(target.iterdir()):
         return
