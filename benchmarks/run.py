@@ -29,12 +29,12 @@ from compressor.budget import allocate
 from compressor.config import Recipe
 from compressor.console import log, show_logs
 from compressor.criteria import criteria, criterion, random_scores
-from compressor.data import TextDataModule
 from compressor.environment import machine, versions
 from compressor.files import to_json
 from compressor.loading import LoadedModel, load_model
 from compressor.measure.costs import measure_costs
-from compressor.pipeline import score_model
+from compressor.preparation import data_for
+from compressor.scoring import score_model
 from compressor.types import HeadScores, PruningPlan
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,7 +54,8 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     )
     dense = _dense(args)
     scores = score_model(dense, recipe)
-    data = _data(dense, recipe)
+    data = data_for(dense, recipe)
+    log.info(data.describe()[1])
     plans: dict[str, PruningPlan] = {}
     for ratio in RATIOS:
         for rival in criteria():
@@ -114,23 +115,6 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 def _dense(args: argparse.Namespace) -> LoadedModel:
     loaded = load_model(args.model, device=args.device)
     return replace(loaded, name=Path(args.model).name)  # results say which model, not where somebody keeps it
-
-
-def _data(dense: LoadedModel, recipe: Recipe) -> TextDataModule:
-    data = TextDataModule(
-        dense.tokenizer,
-        task=dense.task,
-        data=recipe.calibration_data,
-        eval_data=recipe.eval_data,
-        samples=recipe.samples,
-        eval_samples=recipe.eval_samples,
-        batch_size=recipe.batch_size,
-        max_length=dense.context,
-        seed=recipe.seed,
-    )
-    data.setup()
-    log.info("\n".join(data.describe()))
-    return data
 
 
 def _at(rows: list[dict[str, Any]], plans: Mapping[str, PruningPlan], ratio: float) -> list[dict[str, Any]]:

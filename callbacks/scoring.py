@@ -21,6 +21,8 @@ from compressor.measure.sums import WideSums
 from compressor.module import LanguageModel
 from compressor.types import LayerScores
 
+GUESSED_MEMORY = 4 << 30
+
 
 class FirstKeyMass(WideSums):
     """Mean attention mass of each head on the first key, over the real queries (after arXiv 2601.06787): [heads]."""
@@ -184,10 +186,13 @@ class HeadScoring(L.Callback):
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; the machine's free memory where the device does not tell."""
+    """Bytes that are free on a device; the machine's free memory, or a guess, where the device does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not every system counts its free pages
+        return GUESSED_MEMORY
 
 
 def _nothing() -> LayerScores:

@@ -57,6 +57,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     identity: dict[str, str]
+    choice: str  # of dtype and device, with the reasons
 
     @property
     def context(self) -> int:
@@ -88,16 +89,7 @@ def load(
         ModelError: there is no such model, or it is not one of the task.
         RecipeError: an unknown device or dtype.
     """
-    source = _resolve(str(path))
-    with _quiet_transformers():
-        config = _config(source, str(path), revision, trust_remote_code)
-        chosen = choose_task(config, task, str(path))
-        target, _ = choose_device(device)
-        number, _ = choose_dtype(dtype, config, target)
-        model = _weights(source, str(path), config, chosen, revision, number, trust_remote_code)
-    nn.Module.to(model, target)
-    nn.Module.eval(model)
-    return model
+    return _open(str(path), task, revision, device, dtype, trust_remote_code)[0]
 
 
 def load_model(
@@ -114,17 +106,11 @@ def load_model(
     Raises:
         ModelError: also when the model has no tokenizer.
     """
-    model = load(path, task=task, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, chosen, choice = _open(path, task, revision, device, dtype, trust_remote_code)
     source = _resolve(path)
     with _quiet_transformers():
         tokenizer = _tokenizer(source, path, revision, trust_remote_code)
-        return LoadedModel(
-            name=path,
-            model=model,
-            tokenizer=tokenizer,
-            task=choose_task(model.config, task, path),
-            identity=identify(source, model.config),
-        )
+    return LoadedModel(path, model, tokenizer, chosen, identify(source, model.config), choice)
 
 
 def identify(source: str, config: PreTrainedConfig) -> dict[str, str]:
@@ -208,6 +194,23 @@ def _resolve(name: str) -> str:
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no directory {name}; expected a model directory, a hub id or 'embedded'")
     return name
+
+
+def _open(
+    name: str, task: Task | None, revision: str | None, device: str, dtype: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Task, str]:
+    """The model, its task, and what was chosen for it and why."""
+    source = _resolve(name)
+    target, why_device = choose_device(device)
+    with _quiet_transformers():
+        config = _config(source, name, revision, trust_remote_code)
+        chosen = choose_task(config, task, name)
+        number, why_dtype = choose_dtype(dtype, config, target)
+        model = _weights(source, name, config, chosen, revision, number, trust_remote_code)
+    nn.Module.to(model, target)
+    nn.Module.eval(model)
+    choice = f"{str(number).removeprefix('torch.')} ({why_dtype}) on {target} ({why_device})"
+    return model, chosen, choice
 
 
 def _config(source: str, name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compressor import comparison
 from compressor.artefact import load_scores, save_scores
-from compressor.attention import attention_layers, prune_heads
+from compressor.attention import prune_heads
 from compressor.budget import allocate
-from compressor.callbacks import HeadScoring
 from compressor.config import Recipe, resolve
 from compressor.console import log
-from compressor.context import vocabulary_size
 from compressor.criteria import criteria, criterion, random_scores
-from compressor.data import TextDataModule
 from compressor.environment import machine, versions
-from compressor.errors import ArtefactError, ModelError, RecipeError
+from compressor.errors import ArtefactError, RecipeError
 from compressor.export import RECORD, write_checkpoint
 from compressor.files import read_json, to_json
-from compressor.loading import EMBEDDED, LoadedModel, choose_device, load_model
+from compressor.loading import EMBEDDED, LoadedModel
 from compressor.measure.costs import measure_costs
-from compressor.module import LanguageModel
+from compressor.preparation import data_for, load_for
 from compressor.runs import check_output, newest_run, result_directory
-from compressor.trainer import run_scoring
-from compressor.types import LayerScores, PruningPlan, Scores
+from compressor.scoring import score_model
+from compressor.types import PruningPlan, Scores
 
 CHECKPOINT = "checkpoint"
-WINDOW = 2048  # tokens of a sequence, unless more are asked for: attention over a long context is another benchmark
-SATURATED = 0.99  # of ln N: a single head's entropy up here says that hardly any symbol was seen twice
 
 
 @dataclass(frozen=True)
@@ -88,68 +80,9 @@ def score(
     """
     recipe = _naming(resolve(config, settings), EMBEDDED)
     with result_directory("score", recipe, output_dir, force) as (staged, target):
-        scores = score_model(_load(recipe), recipe)
+        scores = score_model(load_for(recipe), recipe)
         save_scores(scores, staged)
     return ScoreRun(scores, target)
-
-
-def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
-    """Score a model that is already loaded."""
-    layers = attention_layers(loaded.model)
-    data = _data(loaded, recipe)
-    log.info(data.describe()[0])
-    windows = data.calibration
-    triple_layers = recipe.triple_layers if recipe.triple_layers is not None else [0]
-    scoring = HeadScoring(layers, windows.longest, recipe.symbol, triple_layers)
-    run_scoring(LanguageModel(loaded.model, loaded.task), data, scoring, loaded.model.device)
-    scored = scoring.layers_scored
-    if not all(torch.isfinite(torch.cat([layer.first_key_mass, layer.output_norm])).all() for layer in scored):
-        raise ModelError(f"the attention of {loaded.name} is not finite; its weights are broken")
-    saturated = [index for index, layer in enumerate(scored) if is_saturated(layer)]
-    if saturated:
-        observations = scored[saturated[0]].observations
-        log.warning(
-            f"the entropies of {len(saturated)} of {len(layers)} layers are saturated: with {observations:,} "
-            f"observations nearly every symbol is unique, and the estimate is close to ln {observations:,} = "
-            f"{math.log(observations):.4f} whatever the heads do; it is no finding about them"
-        )
-    facts = {
-        "model": loaded.name,
-        "identity": loaded.identity,
-        "task": loaded.task,
-        "layers": [
-            {"name": layer.name, "heads": layer.num_heads, "key_value_heads": layer.num_key_value_heads}
-            for layer in layers
-        ],
-        "data": {
-            "name": windows.name,
-            "fingerprint": windows.fingerprint,
-            "documents": windows.documents,
-            "split_documents": windows.split_documents,
-            "windows": len(windows.input_ids),
-            "tokens": windows.tokens,
-        },
-        "settings": {
-            "symbol": recipe.symbol,
-            "triple_layers": triple_layers,
-            "part": recipe.part,
-            "samples": recipe.samples,
-            "batch_size": recipe.batch_size,
-            "max_length": data.max_length,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "estimator": "plug-in",
-            "unit": "nats",
-        },
-        "saturated_layers": saturated,
-        "seed": recipe.seed,
-        "versions": versions(),
-    }
-    return Scores(scored, facts)
-
-
-def is_saturated(layer: LayerScores) -> bool:
-    """Whether a head's entropy is so near its ceiling, ln N, that the number of observations decides it."""
-    return layer.observations > 1 and float(layer.entropy.max()) >= SATURATED * math.log(layer.observations)
 
 
 def prune(
@@ -186,7 +119,11 @@ def prune(
             log.info(f"taking up the newest score run, {scores}")
     evidence = load_scores(Path(scores))
     recipe = _naming(recipe, evidence.facts["model"])
-    recipe = replace(recipe, task=recipe.task or evidence.facts["task"])
+    recipe = replace(
+        recipe,
+        task=recipe.task or evidence.facts["task"],
+        revision=recipe.revision or evidence.facts["settings"].get("revision"),
+    )
     plan = allocate(
         rule(evidence, recipe.seed),
         recipe.ratio,
@@ -199,14 +136,19 @@ def prune(
         return PruneRun(plan, document, None, None)
     with result_directory("prune", recipe, output_dir, force) as (staged, target):
         # A checkpoint keeps the dtype it came in, even where computing in it is slow.
-        loaded = _load(replace(recipe, dtype="stored" if recipe.dtype == "auto" else recipe.dtype))
+        loaded = load_for(replace(recipe, dtype="stored" if recipe.dtype == "auto" else recipe.dtype))
         _check_same_model(loaded, evidence, Path(scores))
         length = min(256, loaded.context)
         causal = loaded.task == "causal"
         dense = measure_costs(loaded.model, length, causal=causal)
         prune_heads(loaded.model, plan.heads, allow_empty=plan.allow_empty)
         document |= {
-            "base": {"model": recipe.model, "identity": loaded.identity, "task": loaded.task},
+            "base": {
+                "model": recipe.model,
+                "revision": recipe.revision,
+                "identity": loaded.identity,
+                "task": loaded.task,
+            },
             "scores": {"data": evidence.facts["data"], "settings": evidence.facts["settings"]},
             "costs": {"dense": dense, "pruned": measure_costs(loaded.model, length, causal=causal)},
             "versions": versions(),
@@ -248,14 +190,17 @@ def bench(
     record = _record(folders[0])
     if recipe.model is None and record is None:
         raise RecipeError(f"{folders[0]} does not say which model it was pruned from; give --model")
-    recipe = _naming(recipe, record["base"]["model"] if record else "")
+    if record is not None and recipe.model is None:
+        recipe = replace(
+            recipe, model=record["base"]["model"], revision=recipe.revision or record["base"].get("revision")
+        )
     with result_directory("bench", recipe, output_dir, force) as (staged, target):
-        dense = _load(recipe)
+        dense = load_for(recipe)
         contenders = {
-            name: _load(replace(recipe, model=str(folder), revision=None, task=dense.task), name)
+            name: load_for(replace(recipe, model=str(folder), revision=None, task=dense.task), name)
             for name, folder in _named(folders).items()
         }
-        data = _data(dense, recipe)
+        data = data_for(dense, recipe)
         log.info(data.describe()[1])
         plans: dict[str, PruningPlan] = {}
         if record is not None and record["base"]["identity"] == dense.identity:
@@ -296,48 +241,6 @@ def run(
 
 def _naming(recipe: Recipe, default: str) -> Recipe:
     return replace(recipe, model=recipe.model or default)
-
-
-def _load(recipe: Recipe, label: str | None = None) -> LoadedModel:
-    assert recipe.model is not None
-    device, why = choose_device(recipe.device)
-    loaded = load_model(
-        recipe.model,
-        task=recipe.task,  # type: ignore[arg-type]  # the recipe has checked it
-        revision=recipe.revision,
-        device=str(device),
-        dtype=recipe.dtype,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    attention_layers(loaded.model)  # a model without attention is refused before anything else happens
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    log.info(f"{label or recipe.model}: {type(loaded.model).__name__}, {loaded.task}, {dtype} on {device} ({why})")
-    return loaded
-
-
-def _data(loaded: LoadedModel, recipe: Recipe) -> TextDataModule:
-    if recipe.max_length is not None and recipe.max_length > loaded.context:
-        raise RecipeError(f"max_length is {recipe.max_length}; {loaded.name} takes {loaded.context} tokens at most")
-    data = TextDataModule(
-        loaded.tokenizer,
-        task=loaded.task,
-        data=recipe.calibration_data,
-        eval_data=recipe.eval_data,
-        part=recipe.part,  # type: ignore[arg-type]  # the recipe has checked it
-        samples=recipe.samples,
-        eval_samples=recipe.eval_samples,
-        batch_size=recipe.batch_size,
-        max_length=recipe.max_length or min(loaded.context, WINDOW),
-        seed=recipe.seed,
-    )
-    data.setup()
-    rows = vocabulary_size(loaded.model)
-    highest = max(int(window.max()) for windows in (data.calibration, data.evaluation) for window in windows.input_ids)
-    if highest >= rows:
-        raise ModelError(
-            f"the tokenizer of {loaded.name} gives token {highest}, but the model knows {rows}; is it the model's own?"
-        )
-    return data
 
 
 def _check_same_model(loaded: LoadedModel, scores: Scores, directory: Path) -> None:

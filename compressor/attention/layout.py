@@ -116,6 +116,8 @@ def attention_layers(model: PreTrainedModel) -> Sequence[AttentionLayer]:
             output = _resolve(qualified, module.output_name)
             layers.append(AttentionLayer(len(layers), qualified, output, 0, 0, module.head_dim, (), ()))
         elif (pattern := _match(module)) is not None:
+            if "cross" in qualified.rpartition(".")[2]:
+                raise ModelError(f"{name} has cross-attention ({qualified}), whose heads cannot be pruned yet")
             layers.append(_describe(len(layers), qualified, modules, pattern))
     if not layers:
         raise ModelError(
@@ -165,7 +167,9 @@ def _describe(index: int, qualified: str, modules: dict[str, nn.Module], pattern
     names = [projection.name for projection in projections] + [output]
     for name in names:
         if name not in modules or not is_linear(modules[name]):
-            kind = type(modules[name]).__name__ if name in modules else "nothing"
+            if name not in modules:
+                raise ModelError(f"{qualified} has no {name}; its layout is not one that compressor knows")
+            kind = type(modules[name]).__name__
             raise ModelError(f"{name} is {kind}; expected a plain Linear or Conv1D (load the model unquantised)")
 
     head_dim = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)

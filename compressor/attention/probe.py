@@ -198,6 +198,8 @@ class AttentionProbe:
     def _attach(self) -> None:
         modules = {layer.index: self.model.get_submodule(layer.name) for layer in self.layers}
         implementation = self.model.config._attn_implementation
+        if implementation.startswith(PROBE):
+            raise ModelError(f"{type(self.model).__name__} is being watched already; one probe at a time")
         self._undo.append(self.model.register_forward_pre_hook(self._remember_mask, with_kwargs=True).remove)
         if self.model.base_model is not self.model:
             hook = self.model.base_model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)
@@ -208,7 +210,11 @@ class AttentionProbe:
                 self._undo.append(partial(_ACTIVE.pop, module, None))
             self._undo.append(lambda: self.model.set_attn_implementation(implementation))
             # Flash and flex attention take masks of other forms; while they are watched, sdpa stands in for them.
-            self.model.set_attn_implementation(PROBE + ("eager" if implementation.endswith("eager") else "sdpa"))
+            try:
+                self.model.set_attn_implementation(PROBE + ("eager" if implementation.endswith("eager") else "sdpa"))
+            except ValueError as error:
+                reason = " ".join(str(error).split())
+                raise ModelError(f"{type(self.model).__name__} cannot be watched: {reason}") from error
             return
         if implementation != "eager":
             raise ModelError(
@@ -229,7 +235,7 @@ class AttentionProbe:
         self.attention_mask = None
 
     def _remember_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
         self.attention_mask = given.get("attention_mask")
 
     def _read_weights(self, index: int) -> Callable[..., None]:

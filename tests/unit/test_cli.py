@@ -580,14 +580,14 @@ def test_a_fault_of_ours_is_no_users_mistake(
     assert not list(here.iterdir())
 
 
-@pytest.mark.parametrize("where", ["save_scores", "run_scoring", "_load"])
+@pytest.mark.parametrize("where", ["pipeline.save_scores", "scoring.run_scoring", "pipeline.load_for"])
 def test_ctrl_c_in_process(
     compress: Compress, monkeypatch: pytest.MonkeyPatch, models: dict[str, str], texts: str, here: Path, where: str
 ) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, where, interrupt)
+    monkeypatch.setattr(f"compressor.{where}", interrupt)
     outcome = compress("score", "--model", models["gpt2"], "--data", texts, "--quiet")
     assert outcome.code == 130
     assert "Traceback" not in outcome.err

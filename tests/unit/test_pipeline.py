@@ -191,13 +191,14 @@ def test_other_seeds_choose_other_documents(here: Path, models: dict[str, str], 
 
 def test_scoring_leaves_the_model_as_it_was(here: Path, models: dict[str, str], texts: str) -> None:
     from compressor.config import Recipe
+    from compressor.scoring import score_model
 
     loaded = load_model(models["gpt2"])
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         before = loaded.model(input_ids=ids).logits
     implementation = loaded.model.config._attn_implementation
-    pipeline.score_model(loaded, Recipe(model=models["gpt2"], data=texts))
+    score_model(loaded, Recipe(model=models["gpt2"], data=texts))
     with torch.no_grad():
         assert torch.equal(loaded.model(input_ids=ids).logits, before)
     assert loaded.model.config._attn_implementation == implementation

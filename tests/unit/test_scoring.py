@@ -8,16 +8,16 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from compressor.callbacks import HeadScoring, scoring
-from compressor.callbacks.scoring import FirstKeyMass
 from torch.utils.data import DataLoader
 
 from compressor.attention import AttentionProbe, attention_layers, prune_heads
 from compressor.attention import probe as probing
+from compressor.callbacks import HeadScoring, scoring
+from compressor.callbacks.scoring import FirstKeyMass
 from compressor.criteria import criteria
 from compressor.errors import CompressorError, DataError, RecipeError
 from compressor.module import LanguageModel
-from compressor.pipeline import is_saturated
+from compressor.scoring import is_saturated
 from compressor.trainer import run_scoring
 from compressor.types import Scores
 

@@ -1,0 +1,63 @@
+"""A recipe → the model it names and the text it is run on."""
+
+from __future__ import annotations
+
+from compressor.attention import attention_layers
+from compressor.config import Recipe
+from compressor.console import log
+from compressor.context import vocabulary_size
+from compressor.data import TextDataModule
+from compressor.errors import ModelError, RecipeError
+from compressor.loading import LoadedModel, load_model
+
+WINDOW = 2048  # tokens of a sequence, unless more are asked for: attention over a long context is another benchmark
+
+
+def load_for(recipe: Recipe, label: str | None = None) -> LoadedModel:
+    """Load the model of a recipe and log what was chosen for it; `label` stands for its name in the log.
+
+    Raises:
+        CompressorError: there is no such model, or it has no attention heads that can be found.
+    """
+    assert recipe.model is not None
+    loaded = load_model(
+        recipe.model,
+        task=recipe.task,  # type: ignore[arg-type]  # the recipe has checked it
+        revision=recipe.revision,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    attention_layers(loaded.model)  # a model without attention is refused before anything else happens
+    log.info(f"{label or recipe.model}: {type(loaded.model).__name__}, {loaded.task}, {loaded.choice}")
+    return loaded
+
+
+def data_for(loaded: LoadedModel, recipe: Recipe) -> TextDataModule:
+    """Read and tokenise the text of a recipe for a model.
+
+    Raises:
+        CompressorError: the text cannot be used, or does not fit the model.
+    """
+    if recipe.max_length is not None and recipe.max_length > loaded.context:
+        raise RecipeError(f"max_length is {recipe.max_length}; {loaded.name} takes {loaded.context} tokens at most")
+    data = TextDataModule(
+        loaded.tokenizer,
+        task=loaded.task,
+        data=recipe.calibration_data,
+        eval_data=recipe.eval_data,
+        part=recipe.part,  # type: ignore[arg-type]  # the recipe has checked it
+        samples=recipe.samples,
+        eval_samples=recipe.eval_samples,
+        batch_size=recipe.batch_size,
+        max_length=recipe.max_length or min(loaded.context, WINDOW),
+        seed=recipe.seed,
+    )
+    data.setup()
+    highest = max(int(window.max()) for windows in (data.calibration, data.evaluation) for window in windows.input_ids)
+    if highest >= vocabulary_size(loaded.model):
+        raise ModelError(
+            f"the tokenizer of {loaded.name} gives token {highest}, but the model knows "
+            f"{vocabulary_size(loaded.model)}; is it the model's own?"
+        )
+    return data
