@@ -39,7 +39,9 @@ def track(description: str, total: int) -> Iterator[Callable[[], None]]:
 
     Nothing is drawn when stderr is no terminal, or when the log is quiet.
     """
-    hidden = not stderr.is_terminal or not log.isEnabledFor(logging.INFO)
+    if not stderr.is_terminal or not log.isEnabledFor(logging.INFO):
+        yield lambda: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -48,6 +50,6 @@ def track(description: str, total: int) -> Iterator[Callable[[], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr, transient=True, disable=hidden) as bars:
+    with Progress(*columns, console=stderr, transient=True) as bars:
         task = bars.add_task(description, total=total)
         yield lambda: bars.advance(task)
