@@ -13,7 +13,7 @@ from compressor.attention.layout import AttentionLayer, head_output_norms
 from compressor.attention.probe import SYMBOLS, Attended, AttentionProbe, sequence_symbols, token_symbols
 from compressor.console import log
 from compressor.errors import DataError, RecipeError
-from compressor.game.counts import PairHistogram, SymbolTable
+from compressor.game.counts import PairHistogram, SymbolTable, TupleTable
 from compressor.game.dividends import pair_dividends_from, triple_dividends_from
 from compressor.game.entropy import triple_entropies
 from compressor.game.values import phi_from
@@ -47,13 +47,13 @@ class FirstKeyMass(WideSums):
 
 
 class LayerCounts(torch.nn.Module):
-    """Everything counted about one layer: pair counts or symbols, and the mass on the first key."""
+    """Everything counted about one layer: pair counts, symbols, or both, and the mass on the first key."""
 
-    def __init__(self, num_heads: int, alphabet: int, *, dense: bool, keep_symbols: bool) -> None:
+    def __init__(self, pairs: PairHistogram | None, symbols: SymbolTable | None, first: FirstKeyMass) -> None:
         super().__init__()
-        self.pairs = PairHistogram(num_heads, alphabet) if dense else None
-        self.symbols = SymbolTable() if keep_symbols or not dense else None
-        self.first = FirstKeyMass(num_heads)
+        self.pairs = pairs
+        self.symbols = symbols
+        self.first = first
 
 
 class HeadScoring(L.Callback):
@@ -65,7 +65,8 @@ class HeadScoring(L.Callback):
     Args:
         layers: the model's attention layers.
         longest: the longest sequence, in tokens.
-        symbol: "key", "offset" (one observation per token) or "sequence" (one per example).
+        symbol: "key", "offset" (one observation per token) or "sequence" (one per document; batches say by `places`
+            [batch, 2] which windows are of one document, and without that every row is one).
         triple_layers: layers whose triple dividends are computed.
     """
 
@@ -88,6 +89,7 @@ class HeadScoring(L.Callback):
         self.triple_layers = frozenset(triple_layers)
         self.layers_scored: tuple[LayerScores, ...] = ()
         self._shift = 0
+        self._documents = 0
         self._probe: AttentionProbe | None = None
         self._counts: dict[int, LayerCounts] = {}
 
@@ -102,9 +104,12 @@ class HeadScoring(L.Callback):
         if self.symbol != "sequence":
             how = "dense joint histograms" if dense else "tables of symbols, for dense histograms would need"
             log.info(f"counting pairs in {how} ({needed / 2**20:,.0f} MiB) on {pl_module.device}")
+        self._documents = 0
         self._counts = {
             layer.index: LayerCounts(
-                layer.num_heads, alphabet, dense=dense, keep_symbols=layer.index in self.triple_layers
+                PairHistogram(layer.num_heads, alphabet) if dense else None,
+                self._table(dense, layer.index),
+                FirstKeyMass(layer.num_heads),
             ).to(pl_module.device)
             for layer in self.layers
         }
@@ -127,8 +132,13 @@ class HeadScoring(L.Callback):
     ) -> None:
         """Count what the batch showed."""
         assert self._probe is not None
+        mask, places = batch["attention_mask"], batch.get("places")
+        if places is None:  # every row is a document of its own
+            documents = torch.arange(len(mask), device=mask.device) + self._documents
+            places = torch.stack([documents, torch.zeros_like(documents)], dim=1)
+        self._documents += len(mask)
         for index, attended in self._probe.take().items():
-            self._count(self._counts[index], attended, batch["attention_mask"])
+            self._count(self._counts[index], attended, mask, places)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Detach the probe and turn the counts into scores."""
@@ -151,16 +161,21 @@ class HeadScoring(L.Callback):
             self._probe.__exit__(None, None, None)
             self._probe = None
 
-    def _count(self, counts: LayerCounts, attended: Attended, mask: torch.Tensor) -> None:
+    def _table(self, dense: bool, layer: int) -> SymbolTable | None:
         if self.symbol == "sequence":
-            symbols = sequence_symbols(attended.key, mask, self.longest)
-        else:
-            symbols = token_symbols(attended.key, mask, self.symbol) + self._shift
+            return TupleTable()
+        return SymbolTable() if not dense or layer in self.triple_layers else None
+
+    def _count(self, counts: LayerCounts, attended: Attended, mask: torch.Tensor, places: torch.Tensor) -> None:
+        counts.first.update(attended.first, mask)
+        if isinstance(counts.symbols, TupleTable):
+            counts.symbols.update(sequence_symbols(attended.key, mask, self.longest), places)
+            return
+        symbols = token_symbols(attended.key, mask, self.symbol) + self._shift
         if counts.pairs is not None:
             counts.pairs.update(symbols)
         if counts.symbols is not None:
             counts.symbols.update(symbols)
-        counts.first.update(attended.first, mask)
 
     def _score(self, module: LanguageModel, layer: AttentionLayer) -> LayerScores:
         counts = self._counts[layer.index]

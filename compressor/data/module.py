@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from compressor.data.documents import Part, choose, load_documents
 from compressor.data.windows import (
     Draw,
-    Example,
     Examples,
     Labels,
+    PlacedExample,
     ShuffledBuckets,
     Windows,
     collate,
@@ -27,7 +27,8 @@ class TextDataModule(LightningDataModule):
     """Documents for calibrating (score, repair, recover) and, never the same ones, for evaluating.
 
     Batches are dicts of `input_ids`, `attention_mask` and `labels`, each int64 [batch, tokens], padded on the right,
-    the longest windows first. The labels are unshifted, -100 where nothing is to be predicted:
+    the longest windows first, and `places` [batch, 2], a window's document and how many of its windows came before.
+    The labels are unshifted, -100 where nothing is to be predicted:
 
     - causal: the ids themselves, -100 at padding;
     - masked, evaluation and training: 15 % of a window's content tokens, which `input_ids` hides behind the mask
@@ -121,28 +122,30 @@ class TextDataModule(LightningDataModule):
             f"evaluation: {self.evaluation.describe()}",
         )
 
-    def predict_dataloader(self) -> DataLoader[Example]:
+    def predict_dataloader(self) -> DataLoader[PlacedExample]:
         """Calibration windows as they are, for scoring; longest first."""
         return self._ordered(self.calibration, "next" if self.task == "causal" else "none")
 
-    def test_dataloader(self) -> DataLoader[Example]:
+    def test_dataloader(self) -> DataLoader[PlacedExample]:
         """Evaluation windows; longest first, masked for a masked LM."""
         return self._ordered(self.evaluation, "next" if self.task == "causal" else "masked")
 
-    def val_dataloader(self) -> DataLoader[Example]:
+    def val_dataloader(self) -> DataLoader[PlacedExample]:
         """Serve the evaluation windows, the batches of `test_dataloader`."""
         return self.test_dataloader()
 
-    def train_dataloader(self) -> DataLoader[Example]:
+    def train_dataloader(self) -> DataLoader[PlacedExample]:
         """Calibration windows for fine-tuning: the buckets of `predict_dataloader` in a new order in every epoch."""
         sampler = ShuffledBuckets(self.calibration.input_ids, self.batch_size, self.seed)
         return self._loader(self.calibration, "next" if self.task == "causal" else "masked", sampler)
 
-    def _ordered(self, windows: Windows, labels: Labels) -> DataLoader[Example]:
+    def _ordered(self, windows: Windows, labels: Labels) -> DataLoader[PlacedExample]:
         # A plain list has no set_epoch: Lightning must not change the evaluation's masks while it fits.
         return self._loader(windows, labels, [(index, 0) for index in longest_first(windows.input_ids)])
 
-    def _loader(self, windows: Windows, labels: Labels, sampler: Sampler[Draw] | list[Draw]) -> DataLoader[Example]:
+    def _loader(
+        self, windows: Windows, labels: Labels, sampler: Sampler[Draw] | list[Draw]
+    ) -> DataLoader[PlacedExample]:
         return DataLoader(
             Examples(windows, self.tokenizer, labels, self.seed),
             batch_size=self.batch_size,

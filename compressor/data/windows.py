@@ -17,7 +17,9 @@ from compressor.types import Task
 
 Example = tuple[Tensor, Tensor]  # (input_ids, labels) of one window: [tokens], int64
 Labels = Literal["next", "masked", "none"]
-Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: [batch, longest window of the batch], int64
+Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: [batch, longest window of the batch]; places: [batch, 2]
+Place = tuple[int, int]  # (document, how many windows of it came before)
+PlacedExample = tuple[Example, Place]
 
 IGNORED = -100  # the label of a position that is not to be predicted
 MASKED_FRACTION = 0.15  # Devlin et al. 2019, section 3.1; all of them become the mask token
@@ -40,9 +42,10 @@ class Frame:
 class Windows:
     """Documents as a model reads them; a document longer than the context makes several consecutive windows.
 
-    `input_ids` holds one int64 tensor [tokens] per window, framed, in the documents' order. `documents` counts the
-    documents, `split_documents` those longer than `max_length`, `tokens` the content tokens (frames not counted), and
-    `longest` is the length in tokens of the longest window, its frame included. `fingerprint` is that of the texts.
+    `input_ids` holds one int64 tensor [tokens] per window, framed, in the documents' order, and `places` where each
+    comes from. `documents` counts the documents, `split_documents` those longer than `max_length`, `tokens` the content
+    tokens (frames not counted), and `longest` is the length in tokens of the longest window, its frame included.
+    `fingerprint` is that of the texts.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Windows:
     documents: int
     split_documents: int
     input_ids: tuple[Tensor, ...]
+    places: tuple[tuple[int, int], ...]
     frame: Frame
     max_length: int
     tokens: int
@@ -88,15 +92,19 @@ def make_windows(
         raise DataError(
             f"a context of {max_length} tokens has no room for text beside {frame.size} special tokens; raise it"
         )
-    windows = [
-        torch.tensor([*frame.prefix, *piece, *frame.suffix]) for _, ids in kept for piece in split_ids(ids, room)
-    ]
+    pieces = {
+        (document, part): piece
+        for document, (_, ids) in enumerate(kept)
+        for part, piece in enumerate(split_ids(ids, room))
+    }
+    windows = [torch.tensor([*frame.prefix, *piece, *frame.suffix]) for piece in pieces.values()]
     return Windows(
         name=name,
         fingerprint=fingerprint(text for text, _ in kept),
         documents=len(kept),
         split_documents=sum(len(ids) > room for _, ids in kept),
         input_ids=tuple(windows),
+        places=tuple(pieces),
         frame=frame,
         max_length=max_length,
         tokens=sum(len(ids) for _, ids in kept),
@@ -173,13 +181,14 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad examples on the right to the longest of them."""
-    ids = [ids for ids, _ in examples]
+def collate(examples: Sequence[PlacedExample], pad_id: int) -> Batch:
+    """Pad examples on the right to the longest of them, and say where each comes from."""
+    ids = [ids for (ids, _), _ in examples]
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
         "attention_mask": pad_sequence([torch.ones_like(window) for window in ids], batch_first=True),
-        "labels": pad_sequence([labels for _, labels in examples], batch_first=True, padding_value=IGNORED),
+        "labels": pad_sequence([labels for (_, labels), _ in examples], batch_first=True, padding_value=IGNORED),
+        "places": torch.tensor([place for _, place in examples]),
     }
 
 
@@ -191,7 +200,7 @@ def longest_first(windows: Sequence[Tensor]) -> list[int]:
 Draw = tuple[int, int]  # (window's index, epoch): what an example is made from
 
 
-class Examples(Dataset[Example]):
+class Examples(Dataset[PlacedExample]):
     """The example of any `Draw`; its labels are every token ("next"), the hidden tokens ("masked") or none ("none")."""
 
     def __init__(self, windows: Windows, tokenizer: PreTrainedTokenizerBase, labels: Labels, seed: int) -> None:
@@ -204,8 +213,11 @@ class Examples(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.windows.input_ids)
 
-    def __getitem__(self, draw: Draw) -> Example:
+    def __getitem__(self, draw: Draw) -> PlacedExample:
         index, epoch = draw
+        return self._example(index, epoch), self.windows.places[index]
+
+    def _example(self, index: int, epoch: int) -> Example:
         ids = self.windows.input_ids[index]
         if self.labels == "next":
             return ids, ids

@@ -70,10 +70,7 @@ class PairHistogram(Metric):
 
 
 class SymbolTable(Metric):
-    """The symbols themselves, for joint entropies of any order; merging devices is a concatenation.
-
-    Rows are [heads] for symbols that are numbers, or [heads, width] where a whole tuple is one symbol.
-    """
+    """The symbols themselves, for joint entropies of any order; merging devices is a concatenation."""
 
     full_state_update = False
     rows: list[torch.Tensor]
@@ -83,14 +80,13 @@ class SymbolTable(Metric):
         self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, symbols: torch.Tensor) -> None:
-        """Keep symbols [observations, heads] or [observations, heads, width], integers below 2³¹."""
+        """Keep symbols [observations, heads], integers below 2³¹."""
         self.rows.append(symbols.to(torch.int32))
 
     def compute(self) -> torch.Tensor:
         """Compact ids of the symbols, int64 [observations, heads]: equal ids for equal symbols of a head."""
         rows = dim_zero_cat(self.rows)  # after a merge over devices it is one tensor already
-        columns = [torch.unique(column, dim=0, return_inverse=True)[1] for column in rows.unbind(1)]
-        return torch.stack(columns, dim=1)
+        return torch.stack([_ids(column) for column in rows.unbind(1)], dim=1)
 
     def symbols(self) -> torch.Tensor:
         """What `compute` gives, also where torchmetrics would squeeze a 1 × 1."""
@@ -104,3 +100,37 @@ class SymbolTable(Metric):
     def observations(self) -> int:
         """Number of observations, over all devices."""
         return len(self.symbols())
+
+
+class TupleTable(SymbolTable):
+    """Whole tuples as symbols, one observation per document, put together again where it was split into windows."""
+
+    places: list[torch.Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("places", [], dist_reduce_fx="cat")
+
+    def update(self, symbols: torch.Tensor, places: torch.Tensor) -> None:  # type: ignore[override]
+        """Keep the tuples [windows, heads, width] of windows whose places [windows, 2] are (document, part)."""
+        super().update(symbols)
+        self.places.append(places)
+
+    def compute(self) -> torch.Tensor:
+        """Compact ids of the documents' tuples, int64 [documents, heads]."""
+        rows, places = dim_zero_cat(self.rows), dim_zero_cat(self.places)
+        if not len(rows):
+            return rows.new_zeros(0, rows.shape[1], dtype=torch.long)
+        documents, parts = torch.unique(places[:, 0], return_inverse=True)[1], places[:, 1]
+        columns = []
+        for column in rows.unbind(1):
+            whole = documents.new_full((int(documents.max()) + 1, int(parts.max()) + 1), -1)
+            whole[documents, parts] = _ids(column)
+            columns.append(_ids(whole))
+        return torch.stack(columns, dim=1)
+
+
+def _ids(symbols: torch.Tensor) -> torch.Tensor:
+    """Number what lies along the first axis: equal numbers for what is equal."""
+    numbers: torch.Tensor = torch.unique(symbols, dim=0, return_inverse=True)[1]
+    return numbers

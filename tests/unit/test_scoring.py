@@ -419,3 +419,16 @@ def test_first_key_mass_of_16_bit_attention_is_not_summed_in_16_bits():
     value = torch.tensor(0.30078125, dtype=torch.bfloat16)
     metric.update(value.expand(1, 2, 1000), torch.ones(1, 1000, dtype=torch.long))
     assert metric.compute().tolist() == pytest.approx([float(value)] * 2, rel=1e-6)
+
+
+def test_windows_of_one_document_are_one_observation(build, score):
+    """With `sequence` symbols N counts documents, as the paper does, also where they are longer than the context."""
+    windows = random_documents(30, 16)
+    places = [(index // 3, index % 3) for index in range(30)]
+    start = 0
+    for batch in windows:
+        batch["places"] = torch.tensor(places[start : start + len(batch["input_ids"])])
+        start += len(batch["input_ids"])
+    (layer, *_) = score(build("gpt2"), windows, symbol="sequence")
+    assert layer.observations == 10
+    assert layer.entropy.tolist() == pytest.approx([math.log(10)] * len(layer.entropy))

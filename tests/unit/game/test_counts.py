@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.game import pair_entropies, triple_entropies
-from compressor.game.counts import PairHistogram, SymbolTable
+from compressor.game.counts import PairHistogram, SymbolTable, TupleTable
 
 ALPHABET = 9
 
@@ -168,3 +168,28 @@ def test_copies_count_for_themselves():
     twin = copy.deepcopy(metric)
     twin.update(symbols(50, 2, seed=3))
     assert torch.equal(metric.pair_entropies(), pair_entropies(rows))
+
+
+def test_split_documents_are_put_together_again():
+    """A document's symbol is the tuple of its windows' tuples, in their order, whatever the order of arrival."""
+    generator = torch.Generator().manual_seed(3)
+    windows = torch.randint(0, 2, (60, 3, 2), generator=generator)
+    places = torch.tensor([(7 * (index // 3), index % 3) for index in range(60)])
+    keep = torch.rand(60, generator=generator) < 0.8  # documents of one, two and three windows
+    keep[::3] = True
+    windows, places = windows[keep], places[keep]
+    documents: dict[int, list[list[object]]] = {}
+    for (document, _), window in zip(places.tolist(), windows.tolist(), strict=True):
+        documents.setdefault(document, []).append(window)
+    table = [
+        [tuple(map(tuple, (window[head] for window in whole))) for head in range(3)] for whole in documents.values()
+    ]
+    numbers = {symbol: number for number, symbol in enumerate(sorted({symbol for row in table for symbol in row}))}
+    expected = pair_entropies(torch.tensor([[numbers[symbol] for symbol in row] for row in table]))
+
+    shuffled = torch.randperm(len(windows), generator=generator)
+    metric = TupleTable()
+    for part in shuffled.split(13):
+        metric.update(windows[part], places[part])
+    assert metric.observations == len(documents) == 20
+    assert torch.equal(metric.pair_entropies(), expected)
