@@ -48,12 +48,13 @@ def quality_table(document: dict[str, Any]) -> str:
     phi = [next(row for row in rows[1:] if row["name"] == f"gt-fep {ratio}") for ratio in ratios]
     for share, name in (("total", "FLOPs of the whole model"), ("attention", "FLOPs of attention")):
         lines.append(_line(f"*{name}*", *(_saved(row, rows[0], share) for row in phi)))
+    verdict = document["summaries"][ratios[-1]]["verdict"]
     data, calibration = document["evaluation"], document["calibration"]
     caption = (
         f"{document['model']}: perplexity on {data['documents']:,} documents of {data['name']} ({data['tokens']:,} "
         f"tokens), dense {dense:.3f}; calibrated on {calibration['documents']:,} documents of {calibration['name']}. "
         f"FLOPs are those of gt-fep's models, one sequence of {rows[0]['costs']['length']} tokens. "
-        + " ".join(f"At {float(ratio):.0%}, {document['summaries'][ratio]['verdict']}." for ratio in ratios[-1:])
+        f"At {float(ratios[-1]):.0%}, {verdict.replace(f' {ratios[-1]} (', ' (')}."
     )
     return "\n".join([*lines, "", caption])
 
