@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from compressor import assets
 from compressor.attention.surgery import prune_heads
@@ -48,8 +49,8 @@ _AUTO = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 class LoadedModel:
     """A model ready for use, and where it came from.
 
-    `identity` has `sha256` (of a local directory's config and weights) or `revision` (the hub's commit): two models
-    with equal identities are the same model.
+    `identity` has `sha256` (of a local directory's config and weights), or `hub` and `revision` (its name and commit
+    there): two models with equal identities are the same model.
     """
 
     name: str
@@ -110,15 +111,17 @@ def load_model(
     source = _resolve(path)
     with _quiet_transformers():
         tokenizer = _tokenizer(source, path, revision, trust_remote_code)
-    return LoadedModel(path, model, tokenizer, chosen, identify(source, model.config), choice)
+    return LoadedModel(path, model, tokenizer, chosen, identify(source, revision), choice)
 
 
-def identify(source: str, config: PreTrainedConfig) -> dict[str, str]:
+def identify(source: str, revision: str | None = None) -> dict[str, str]:
     """What tells a model from every other: its hub commit, or the hash of its local config and weights."""
     folder = Path(source)
     if folder.is_dir():
         return {"sha256": hash_files([folder / "config.json", *folder.glob("*.safetensors")])}
-    return {"revision": str(getattr(config, "_commit_hash", None))}
+    # The config no longer says which commit it came from; the path of the cached file does.
+    commit = extract_commit_hash(cached_file(source, "config.json", revision=revision), None)
+    return {"hub": source, "revision": str(commit)}
 
 
 def choose_task(config: PreTrainedConfig, task: str | None, name: str) -> Task:
