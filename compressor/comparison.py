@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -31,6 +31,7 @@ def compare(
     plans: Mapping[str, PruningPlan],
     data: TextDataModule,
     recipe: Recipe,
+    unranked: Collection[str] = (),
 ) -> dict[str, Any]:
     """Measure a dense model, pruned checkpoints of it, and what other plans would make of it.
 
@@ -41,6 +42,7 @@ def compare(
             and costs are measured; they are not timed.
         data: set up; its evaluation windows are what everything is measured on.
         recipe: batch size, repeats and lengths.
+        unranked: contenders that lost more or less than the plans remove; the verdict leaves them out.
 
     Returns:
         JSON-ready: `rows`, one per model, the dense one first; `random`, mean, sd, minimum and maximum of the random
@@ -65,7 +67,7 @@ def compare(
     return {
         "task": dense.task,
         "rows": rows,
-        **summarise(rows),
+        **summarise([row for row in rows if row["name"] not in unranked]),
         "data": {
             "name": data.evaluation.name,
             "fingerprint": data.evaluation.fingerprint,
@@ -143,6 +145,8 @@ def _prompt_length(dense: LoadedModel, recipe: Recipe) -> int:
         raise RecipeError(
             f"new_tokens is {recipe.new_tokens}; {dense.name} takes {dense.context} tokens, and the prompt needs one"
         )
+    if recipe.prompt_length > room:
+        log.info(f"prompts of {room} tokens instead of {recipe.prompt_length}: more does not fit the context")
     return min(recipe.prompt_length, room)
 
 
@@ -182,7 +186,11 @@ def _verdict(rows: list[dict[str, Any]], random: dict[str, Any] | None) -> str:
             places[-1][1].append(name)
         else:
             places.append((value, [name]))
-    phrases = [(value, f"{' and '.join(names)} ({value / base - 1:+.1%})") for value, names in places]
+    phrases = []
+    for value, names in places:
+        near = random is not None and abs(value - random["mean"]) <= random["sd"]
+        note = ", within random's spread" if near else ""
+        phrases.append((value, f"{' and '.join(names)} ({value / base - 1:+.1%}{note})"))
     if random is not None:
         spread = f"{random['mean'] / base - 1:+.1%} ± {random['sd'] / base:.1%}, {random['draws']} draws"
         phrases.append((random["mean"], f"random ({spread})"))

@@ -14,8 +14,9 @@ from compressor.budget import allocate
 from compressor.config import Recipe, resolve
 from compressor.console import log
 from compressor.criteria import criteria, criterion, random_scores
+from compressor.data import TextDataModule
 from compressor.environment import machine, versions
-from compressor.errors import ArtefactError, RecipeError
+from compressor.errors import ArtefactError, DataError, RecipeError
 from compressor.export import RECORD, write_checkpoint
 from compressor.files import read_json, to_json
 from compressor.loading import EMBEDDED, LoadedModel
@@ -26,6 +27,7 @@ from compressor.scoring import score_model
 from compressor.types import PruningPlan, Scores
 
 CHECKPOINT = "checkpoint"
+COUNTED = ("gt-fep", "entropy")  # the criteria made from counts, which saturate
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,12 @@ def prune(
         seed=recipe.seed if recipe.criterion == "random" else None,
     )
     document: dict[str, Any] = {"plan": plan.to_dict()}
+    saturated = evidence.facts.get("saturated_layers")
+    if saturated and recipe.criterion in COUNTED:
+        log.warning(
+            f"the scores of {len(saturated)} layers are saturated: {recipe.criterion} says nothing about their heads, "
+            "and which of them go is arbitrary"
+        )
     if dry_run:
         return PruneRun(plan, document, None, None)
     with result_directory("prune", recipe, output_dir, force) as (staged, target):
@@ -172,7 +180,8 @@ def bench(
 
     Args:
         against: checkpoints to compare with the dense `model`; by default the newest one that `prune` exported. Random
-            pruning removes as many heads as the first of them lost, by the same rule.
+            pruning removes as many heads as the first of them lost, by the same rule; checkpoints pruned by another
+            rule are measured, but not ranked with it.
         scores: a scoring run of the dense model: the other criteria are then measured too, at the same ratio.
         config, output_dir, force, settings: as for `score`.
     """
@@ -187,13 +196,12 @@ def bench(
         log.info(f"comparing with the newest pruned checkpoint, {newest / CHECKPOINT}")
         against = (newest / CHECKPOINT,)
     folders = [folder / CHECKPOINT if (folder / CHECKPOINT).is_dir() else folder for folder in map(Path, against)]
-    record = _record(folders[0])
-    if recipe.model is None and record is None:
+    records = {name: _record(folder) for name, folder in _named(folders).items()}
+    first = next((record for record in records.values() if record is not None), None)
+    if recipe.model is None and first is None:
         raise RecipeError(f"{folders[0]} does not say which model it was pruned from; give --model")
-    if record is not None and recipe.model is None:
-        recipe = replace(
-            recipe, model=record["base"]["model"], revision=recipe.revision or record["base"].get("revision")
-        )
+    if first is not None:
+        recipe = _as_recorded(recipe, first)
     with result_directory("bench", recipe, output_dir, force) as (staged, target):
         dense = load_for(recipe)
         contenders = {
@@ -202,18 +210,27 @@ def bench(
         }
         data = data_for(dense, recipe)
         log.info(data.describe()[1])
+        own = {
+            name: record for name, record in records.items() if record and record["base"]["identity"] == dense.identity
+        }
+        for name, record in own.items():
+            _check_unseen(name, record, data)
         plans: dict[str, PruningPlan] = {}
-        if record is not None and record["base"]["identity"] == dense.identity:
-            plans = _rival_plans(record["plan"], recipe, dense, Path(scores) if scores else None)
+        unranked = set(contenders)
+        if own:
+            reference = next(iter(own.values()))["plan"]
+            plans = _rival_plans(reference, recipe, dense, Path(scores) if scores else None)
+            unranked -= {name for name, record in own.items() if _rule(record["plan"]) == _rule(reference)}
         document = {
-            **comparison.compare(dense, contenders, plans, data, recipe),
+            **comparison.compare(dense, contenders, plans, data, recipe, unranked if own else set()),
             "machine": machine(dense.model.device),
             "versions": versions(),
         }
-        if not plans:
+        for name in sorted(unranked):
             log.warning(
-                f"no random pruning{' and no other criteria' if scores else ''} to compare with: {folders[0]} does not "
-                f"say that it was pruned from {dense.name}"
+                f"no random pruning{' and no other criteria' if scores else ''} to rank {name} with: it does not say "
+                f"that it was pruned from {dense.name}"
+                + (f" by the rule of {next(iter(own))}, which the verdict is about" if own else "")
             )
         (staged / "bench.json").write_text(to_json(document), encoding="utf-8")
     return BenchRun(document, target)
@@ -262,6 +279,33 @@ def _record(folder: Path) -> dict[str, Any] | None:
     if not known or not isinstance(plan, dict) or not wanted <= plan.keys():
         raise ArtefactError(f"{folder / RECORD} is damaged; prune and export the model again")
     return record
+
+
+def _as_recorded(recipe: Recipe, record: dict[str, Any]) -> Recipe:
+    """Fill what a bench was not told with what the checkpoint's record knows: the model, and the text."""
+    if recipe.model is None:
+        base = record["base"]
+        recipe = replace(recipe, model=base["model"], revision=recipe.revision or base.get("revision"))
+    settings = record.get("scores", {}).get("settings", {})
+    if recipe.data is None:
+        recipe = replace(recipe, data=settings.get("data"), eval_data=recipe.eval_data or settings.get("eval_data"))
+    return recipe
+
+
+def _check_unseen(name: str, record: dict[str, Any], data: TextDataModule) -> None:
+    """Refuse to report on documents that chose the heads."""
+    seen = set(record.get("scores", {}).get("data", {}).get("hashes", ()))
+    shared = sum(document in seen for document in data.evaluation.hashes)
+    if shared:
+        raise DataError(
+            f"{shared} of the {data.evaluation.documents} documents of {data.evaluation.name} calibrated {name}: "
+            "a report on them would flatter it; give other --eval-data"
+        )
+
+
+def _rule(plan: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides how many heads go: plans of one rule can be ranked against each other."""
+    return plan["ratio"], plan["scope"], plan["allow_empty"], tuple(plan["heads_per_layer"])
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:

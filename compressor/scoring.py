@@ -56,10 +56,13 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
             "split_documents": windows.split_documents,
             "windows": len(windows.input_ids),
             "tokens": windows.tokens,
+            "hashes": list(windows.hashes),
         },
         "settings": {
             "symbol": recipe.symbol,
             "triple_layers": triple_layers,
+            "data": recipe.data,
+            "eval_data": recipe.eval_data,
             "part": recipe.part,
             "samples": recipe.samples,
             "revision": recipe.revision,

@@ -24,7 +24,8 @@ def scored(result: ScoreRun, as_json: bool) -> None:
         return
     console = Console()
     _print_scores(console, result)
-    _say(console, f"next: compress prune --scores {result.directory} --ratio 0.2 --export")
+    if not result.scores.facts["saturated_layers"]:
+        _say(console, f"next: compress prune --scores {result.directory} --ratio 0.2 --export")
 
 
 def pruned(result: PruneRun, as_json: bool) -> None:
@@ -144,7 +145,8 @@ def _print_bench(console: Console, result: BenchRun) -> None:
     dense = document["rows"][0]
     kind = "perplexity" if document["task"] == "causal" else "pseudo-perplexity"
     text = document["data"]
-    _say(console, f"{kind} on {text['documents']:,} documents of {text['name']} ({text['tokens']:,} tokens)")
+    share = "" if document["task"] == "causal" else ", 15 % of them masked"
+    _say(console, f"{kind} on {text['documents']:,} documents of {text['name']} ({text['tokens']:,} tokens{share})")
     table = _table("model", "heads", kind, "change", "parameters", "MACs", "attention")
     for row in document["rows"]:
         if row["kind"] != "random":
@@ -152,9 +154,7 @@ def _print_bench(console: Console, result: BenchRun) -> None:
     if document["random"] is not None:
         draws = [row for row in document["rows"] if row["kind"] == "random"]
         table.add_row(*_random_quality(document["random"], draws, dense))
-    table.caption = (
-        f"MACs: multiply-adds of one sequence of {dense['costs']['length']} tokens, and of its attention alone"
-    )
+    table.caption = f"MACs: multiply-adds of {dense['costs']['length']} tokens, and of attention alone"
     console.print(table)
     console.print(_time_table(document))
     for row in document["rows"]:
@@ -189,10 +189,10 @@ def _figures(row: dict[str, Any]) -> tuple[float, float, float]:
 
 def _time_table(document: dict[str, Any]) -> Table:
     settings = document["settings"]
-    table = _table("timed", "prefill tokens/s", "", "decode tokens/s", "")
+    table = _table("timed", "prefill tokens/s", "gain", "decode tokens/s", "gain")
     table.caption = Text(
-        f"median [min, max] and speed-up; {settings['repeats']} interleaved repeats, batch {settings['batch_size']}, "
-        f"prompt {settings['prompt_length']}"
+        f"median [min, max]; repeats: {settings['repeats']}, interleaved; batch {settings['batch_size']}\n"
+        f"prompt {settings['prompt_length']} tokens, {settings['new_tokens']} decoded"
     )
     for row in document["rows"]:
         if row["throughput"] is not None:

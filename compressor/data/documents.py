@@ -91,6 +91,11 @@ def choose(texts: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
     return tuple(texts[index] for index in sorted(order[: count or None]))
 
 
+def short_hash(text: str) -> str:
+    """Twelve hex digits of a text's sha256: enough to find out whether two runs share a document."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def fingerprint(texts: Iterable[str]) -> str:
     """SHA-256 (hex) of the texts in order, each preceded by its length in UTF-8 bytes (8 bytes, big-endian)."""
     digest = hashlib.sha256()

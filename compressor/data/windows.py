@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from compressor.data.documents import fingerprint
+from compressor.data.documents import fingerprint, short_hash
 from compressor.errors import DataError
 from compressor.types import Task
 
@@ -45,11 +45,12 @@ class Windows:
     `input_ids` holds one int64 tensor [tokens] per window, framed, in the documents' order, and `places` where each
     comes from. `documents` counts the documents, `split_documents` those longer than `max_length`, `tokens` the content
     tokens (frames not counted), and `longest` is the length in tokens of the longest window, its frame included.
-    `fingerprint` is that of the texts.
+    `fingerprint` is that of the texts, `hashes` has one short hash for each of them.
     """
 
     name: str
     fingerprint: str
+    hashes: tuple[str, ...]
     documents: int
     split_documents: int
     input_ids: tuple[Tensor, ...]
@@ -101,6 +102,7 @@ def make_windows(
     return Windows(
         name=name,
         fingerprint=fingerprint(text for text, _ in kept),
+        hashes=tuple(short_hash(text) for text, _ in kept),
         documents=len(kept),
         split_documents=sum(len(ids) > room for _, ids in kept),
         input_ids=tuple(windows),

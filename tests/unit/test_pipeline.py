@@ -754,6 +754,45 @@ def test_random_rows_missing_for_a_reason_are_told(
     assert outcome.code == 2 or "warning" in outcome.err
 
 
+def test_checkpoints_of_other_budgets_are_measured_but_not_ranked(
+    here: Path, scored: pipeline.ScoreRun, texts: str
+) -> None:
+    """Random pruning removes as much as the first checkpoint lost; one that lost more must not be said to lose to it."""
+    runs = {
+        ratio: compressor.prune(scores=scored.directory, ratio=ratio, export=True).directory for ratio in (0.2, 0.5)
+    }
+    for first, other in ((0.2, 0.5), (0.5, 0.2)):
+        folders = [runs[first], runs[other]]
+        assert all(folder is not None for folder in folders)
+        document = compressor.bench(against=folders, data=texts, random_seeds=2, **QUICK).document
+        names = {0.2: "gt-fep 2/8", 0.5: "gt-fep 4/8"}
+        assert [row["name"] for row in document["rows"][:3]] == ["dense", names[first], names[other]]
+        assert names[first] in document["verdict"]
+        assert names[other] not in document["verdict"]
+
+
+def test_documents_that_chose_the_heads_are_no_evaluation(
+    refuse: Compress, here: Path, models: dict[str, str], texts: str, tmp_path: Path
+) -> None:
+    """All of a file calibrates where `eval_data` is another; later the same file's held-out fifth is no test of it."""
+    model = models["gpt2"]
+    mine, other = (write_documents(tmp_path / f"{seed}.jsonl", 20, seed) for seed in (71, 72))
+    compressor.score(model=model, data=str(mine), eval_data=str(other), samples=0)
+    pruned = compressor.prune(export=True)
+    assert pruned.checkpoint is not None
+    refuse("bench", "--against", pruned.checkpoint, "--data", mine, says=("4 of the 4", "gt-fep 2/8"))
+    document = compressor.bench(against=[pruned.checkpoint], **QUICK, random_seeds=2).document  # the text of the scores
+    assert document["data"]["name"] == other.name
+
+
+def test_pruning_by_saturated_scores_is_warned_of(
+    compress: Compress, here: Path, models: dict[str, str], texts: str
+) -> None:
+    compressor.score(model=models["gpt2"], data=texts, symbol="sequence")
+    assert "saturated" in compress("prune", "--quiet", "--dry-run").err
+    assert "saturated" not in compress("prune", "--quiet", "--dry-run", "--criterion", "magnitude").err
+
+
 # --- run ------------------------------------------------------------------------------------------------------------
 
 
