@@ -196,7 +196,8 @@ def bench(
         log.info(f"comparing with the newest pruned checkpoint, {newest / CHECKPOINT}")
         against = (newest / CHECKPOINT,)
     folders = [folder / CHECKPOINT if (folder / CHECKPOINT).is_dir() else folder for folder in map(Path, against)]
-    records = {name: _record(folder) for name, folder in _named(folders).items()}
+    named = _named(folders)
+    records = {name: _record(folder) for name, folder in named.items()}
     first = next((record for record in records.values() if record is not None), None)
     if recipe.model is None and first is None:
         raise RecipeError(f"{folders[0]} does not say which model it was pruned from; give --model")
@@ -206,7 +207,7 @@ def bench(
         dense = load_for(recipe)
         contenders = {
             name: load_for(replace(recipe, model=str(folder), revision=None, task=dense.task), name)
-            for name, folder in _named(folders).items()
+            for name, folder in named.items()
         }
         data = data_for(dense, recipe)
         log.info(data.describe()[1])

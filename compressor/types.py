@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -83,11 +83,3 @@ class PruningPlan:
             "total_heads": self.total,
             "heads": {str(layer): list(heads) for layer, heads in sorted(self.heads.items())},
         }
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What one model costs and what it is worth; every figure carries its unit in its name."""
-
-    name: str
-    figures: Mapping[str, Any] = field(default_factory=dict)
