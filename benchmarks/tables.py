@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from compressor.comparison import summarise
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -48,7 +50,8 @@ def quality_table(document: dict[str, Any]) -> str:
     phi = [next(row for row in rows[1:] if row["name"] == f"gt-fep {ratio}") for ratio in ratios]
     for share, name in (("total", "FLOPs of the whole model"), ("attention", "FLOPs of attention")):
         lines.append(_line(f"*{name}*", *(_saved(row, rows[0], share) for row in phi)))
-    verdict = document["summaries"][ratios[-1]]["verdict"]
+    last = [rows[0], *(row for row in rows[1:] if f"{row['plan']['ratio']:g}" == ratios[-1])]
+    verdict = summarise(last)["verdict"]
     data, calibration = document["evaluation"], document["calibration"]
     caption = (
         f"{document['model']}: perplexity on {data['documents']:,} documents of {data['name']} ({data['tokens']:,} "
