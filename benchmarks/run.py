@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from compressor import comparison
 from compressor.attention import attention_layers, prune_heads
-from compressor.attention.layout import head_output_norms
+from compressor.attention.layout import output_norms
 from compressor.budget import allocate
 from compressor.config import Recipe
 from compressor.console import log, show_logs
@@ -86,7 +86,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     if args.model is None:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config()).to(args.device).eval()
-        norms = [tuple(head_output_norms(model, layer).tolist()) for layer in attention_layers(model)]
+        norms = [tuple(output_norms(model, layer).tolist()) for layer in attention_layers(model)]
         ranking = HeadScores("magnitude", tuple(norms))
     else:
         dense = _dense(args)

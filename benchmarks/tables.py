@@ -1,6 +1,8 @@
 """Turn benchmarks/results/*.json into the tables of the documentation, wherever a `<!-- table: NAME -->` stands.
 
-python benchmarks/tables.py          # rewrite README.md and benchmarks/README.md
+`models` is the support matrix, whose JSON ships with the package.
+
+python benchmarks/tables.py          # rewrite README.md and those in benchmarks/
 python benchmarks/tables.py --check  # fail if they do not say what the JSON says
 """
 
@@ -13,16 +15,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from compressor import assets
 from compressor.comparison import summarise
+from compressor.support import lines, summary
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "MODELS.md")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(document: dict[str, Any]) -> str:
     """The Markdown of one suite's result."""
-    return {"quality": quality_table, "speed": speed_table}[document["suite"]](document)
+    return {"quality": quality_table, "speed": speed_table, "models": models_table}[document["suite"]](document)
 
 
 def quality_table(document: dict[str, Any]) -> str:
@@ -86,6 +90,19 @@ def speed_table(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", caption])
 
 
+def models_table(document: dict[str, Any]) -> str:
+    """The support matrix, a line for each model type and layout."""
+    rows = lines(document["rows"])
+    table = [_line(*rows[0]), _line(*["---"] * len(rows[0]))]
+    table += [_line(*(cell.replace("|", "\\|") for cell in row.values())) for row in rows]
+    settings, versions = document["settings"], document["versions"]
+    caption = (
+        f"{summary(document['rows'])}. transformers {versions['transformers']}, torch {versions['torch']}, seed "
+        f"{settings['seed']}, tolerance {settings['tolerance']:g} of the largest logit."
+    )
+    return "\n".join([*table, "", caption])
+
+
 def _saved(row: dict[str, Any], dense: dict[str, Any], share: str) -> str:
     return f"{row['costs']['macs'][share] / dense['costs']['macs'][share] - 1:+.1%}"
 
@@ -98,7 +115,8 @@ def filled(text: str) -> str:
     """A document with every table made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        result = json.loads((ROOT / "benchmarks" / "results" / f"{match[2]}.json").read_text(encoding="utf-8"))
+        path = assets.MODELS if match[2] == "models" else ROOT / "benchmarks" / "results" / f"{match[2]}.json"
+        result = json.loads(path.read_text(encoding="utf-8"))
         return f"{match[1]}{table(result)}\n{match[3]}"
 
     return BLOCK.sub(fill, text)

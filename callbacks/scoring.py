@@ -9,7 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from compressor.attention.layout import AttentionLayer, head_output_norms
+from compressor.attention.layout import output_norms
+from compressor.attention.nouns import AttentionLayer
 from compressor.attention.probe import SYMBOLS, Attended, AttentionProbe, sequence_symbols, token_symbols
 from compressor.console import log
 from compressor.errors import DataError, RecipeError
@@ -166,16 +167,20 @@ class HeadScoring(L.Callback):
             return TupleTable()
         return SymbolTable() if not dense or layer in self.triple_layers else None
 
-    def _count(self, counts: LayerCounts, attended: Attended, mask: torch.Tensor, places: torch.Tensor) -> None:
-        counts.first.update(attended.first, mask)
+    def _count(self, counts: LayerCounts, uses: list[Attended], mask: torch.Tensor, places: torch.Tensor) -> None:
+        """Count one batch; a layer that is applied several times is observed as often."""
+        for attended in uses:
+            counts.first.update(attended.first, mask)
         if isinstance(counts.symbols, TupleTable):
-            counts.symbols.update(sequence_symbols(attended.key, mask, self.longest), places)
+            tuples = [sequence_symbols(attended.key, mask, self.longest) for attended in uses]
+            counts.symbols.update(torch.cat(tuples, dim=-1), places)
             return
-        symbols = token_symbols(attended.key, mask, self.symbol) + self._shift
-        if counts.pairs is not None:
-            counts.pairs.update(symbols)
-        if counts.symbols is not None:
-            counts.symbols.update(symbols)
+        for attended in uses:
+            symbols = token_symbols(attended.key, mask, self.symbol) + self._shift
+            if counts.pairs is not None:
+                counts.pairs.update(symbols)
+            if counts.symbols is not None:
+                counts.symbols.update(symbols)
 
     def _score(self, module: LanguageModel, layer: AttentionLayer) -> LayerScores:
         counts = self._counts[layer.index]
@@ -195,7 +200,7 @@ class HeadScoring(L.Callback):
             pair_dividends=pair_dividends_from(pairs),
             triple_dividends=triples,
             first_key_mass=counts.first.compute().reshape(-1),  # torchmetrics squeezes a lone head's
-            output_norm=head_output_norms(module.model, layer),
+            output_norm=output_norms(module.model, layer),
             observations=observations,
         )
 

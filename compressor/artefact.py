@@ -12,7 +12,7 @@ from compressor.errors import ArtefactError
 from compressor.files import read_json, to_json
 from compressor.types import LayerScores, Scores
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TENSORS, FACTS = "scores.safetensors", "scores.json"
 _FACTS = {
     "num_layers": int,

@@ -47,6 +47,7 @@ class Recipe:
     criterion: str = "gt-fep"
     ratio: float = 0.2
     scope: str = "layer"
+    unit: str = "head"
     allow_empty: bool = False
     # measuring
     random_seeds: int = 5
@@ -102,6 +103,7 @@ CHOICES = {
     "part": ("question", "answer", "both"),
     "symbol": ("key", "offset", "sequence"),
     "scope": ("layer", "global"),
+    "unit": ("head", "query", "group"),
 }
 
 

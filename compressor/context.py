@@ -25,6 +25,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Number of token ids that the model has an embedding for."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[0]
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if isinstance(weight, torch.Tensor):
+        return weight.shape[0]
+    return int(model.config.get_text_config().vocab_size)

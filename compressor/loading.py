@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -31,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from compressor import assets
-from compressor.attention.surgery import prune_heads
+from compressor.attention.record import dense_config, rebuild, tell_stored
 from compressor.context import max_positions
 from compressor.errors import ModelError, RecipeError
 from compressor.files import hash_files, is_directory, is_file
@@ -110,7 +111,7 @@ def load_model(
     model, chosen, choice = _open(path, task, revision, device, dtype, trust_remote_code)
     source = _resolve(path)
     with _quiet_transformers():
-        tokenizer = _tokenizer(source, path, revision, trust_remote_code)
+        tokenizer = _tokenizer(source, path, model.config, revision, trust_remote_code)
     return LoadedModel(path, model, tokenizer, chosen, identify(source, revision), choice)
 
 
@@ -206,28 +207,36 @@ def _open(
     source = _resolve(name)
     target, why_device = choose_device(device)
     with _quiet_transformers():
-        config = _config(source, name, revision, trust_remote_code)
+        config, pruned = _config(source, name, revision, trust_remote_code)
         chosen = choose_task(config, task, name)
         number, why_dtype = choose_dtype(dtype, config, target)
-        model = _weights(source, name, config, chosen, revision, number, trust_remote_code)
+        model = _weights(source, name, config, pruned, chosen, revision, number, trust_remote_code)
     nn.Module.to(model, target)
     nn.Module.eval(model)
     choice = f"{str(number).removeprefix('torch.')} ({why_dtype}) on {target} ({why_device})"
     return model, chosen, choice
 
 
-def _config(source: str, name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+def _config(
+    source: str, name: str, revision: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
+    """The config of the model; for a pruned one that of the dense model, and the config as it is stored."""
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        stored, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        if not stored.get("pruned_heads"):
+            return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code), None
+        return CONFIG_MAPPING[stored["model_type"]].from_dict(dense_config(stored)), stored
+    except ModelError as error:
+        raise ModelError(f"{name} cannot be loaded: {error}") from error
     except Exception as error:  # a damaged config can trip over anything
         raise ModelError(_explain(name, source, error)) from error
-    return cast(PreTrainedConfig, config)
 
 
 def _weights(
     source: str,
     name: str,
     config: PreTrainedConfig,
+    pruned: dict[str, Any] | None,
     task: Task,
     revision: str | None,
     dtype: torch.dtype,
@@ -235,9 +244,9 @@ def _weights(
 ) -> PreTrainedModel:
     loader: Any = _AUTO[task]
     stock = None
-    if getattr(config, "pruned_heads", None):
+    if pruned is not None:
         stock = cast(type[PreTrainedModel], _CLASSES[task][type(config)])
-        loader = _pruned_class(stock)
+        loader = _pruned_class(stock, pruned)
     try:
         model, report = loader.from_pretrained(
             source,
@@ -256,26 +265,29 @@ def _weights(
             f"the weights of {name} lack {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
             f"{task} language modelling needs; is it a checkpoint of another task?"
         )
-    if stock is not None:
+    if pruned is not None:
         model.__class__ = stock
+        tell_stored(model, pruned)
     return cast(PreTrainedModel, model)
 
 
-def _pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _pruned_class(stock: type[PreTrainedModel], stored: dict[str, Any]) -> type[PreTrainedModel]:
     """A class whose instances are born pruned, so that `from_pretrained` finds the slim shapes it is to fill."""
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        record = config.pruned_heads
-        config.pruned_heads = None
         stock.__init__(self, config, *args, **kwargs)
-        prune_heads(self, {int(layer): heads for layer, heads in record.items()}, allow_empty=True)
+        rebuild(self, stored)
 
     return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": stock.__module__})
 
 
-def _tokenizer(source: str, name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    source: str, name: str, config: PreTrainedConfig, revision: str | None, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, config=config, revision=revision, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # the tokenizer backends raise whatever they like
         raise ModelError(f"{name} has no tokenizer that can be loaded ({_first_line(error)})") from error
     if not len(tokenizer):

@@ -9,7 +9,7 @@ from typing import Any
 
 from compressor import comparison
 from compressor.artefact import load_scores, save_scores
-from compressor.attention import prune_heads
+from compressor.attention import attention_layers, prune_heads
 from compressor.budget import allocate
 from compressor.config import Recipe, resolve
 from compressor.console import log
@@ -130,6 +130,8 @@ def prune(
         rule(evidence, recipe.seed),
         recipe.ratio,
         recipe.scope,
+        unit=recipe.unit,
+        groups=[layer["groups"] for layer in evidence.facts["layers"]],
         allow_empty=recipe.allow_empty,
         seed=recipe.seed if recipe.criterion == "random" else None,
     )
@@ -276,7 +278,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
     record = read_json(folder / RECORD)
     base, plan = record.get("base"), record.get("plan")
     known = isinstance(base, dict) and {"model", "identity"} <= base.keys()
-    wanted = {"criterion", "ratio", "scope", "allow_empty", "heads_per_layer", "removed_heads", "total_heads"}
+    wanted = {"criterion", "ratio", "scope", "unit", "allow_empty", "heads_per_layer", "removed_heads", "total_heads"}
     if not known or not isinstance(plan, dict) or not wanted <= plan.keys():
         raise ArtefactError(f"{folder / RECORD} is damaged; prune and export the model again")
     return record
@@ -306,7 +308,7 @@ def _check_unseen(name: str, record: dict[str, Any], data: TextDataModule) -> No
 
 def _rule(plan: dict[str, Any]) -> tuple[Any, ...]:
     """What decides how many heads go: plans of one rule can be ranked against each other."""
-    return plan["ratio"], plan["scope"], plan["allow_empty"], tuple(plan["heads_per_layer"])
+    return plan["ratio"], plan["scope"], plan["unit"], plan["allow_empty"], tuple(plan["heads_per_layer"])
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:
@@ -329,7 +331,8 @@ def _rival_plans(
     plan: dict[str, Any], recipe: Recipe, dense: LoadedModel, scores: Path | None
 ) -> dict[str, PruningPlan]:
     """Plans that remove as much as `plan` by the same rule: by the other criteria, given scores, and at random."""
-    rule: dict[str, Any] = {name: plan[name] for name in ("ratio", "scope", "allow_empty")}
+    rule: dict[str, Any] = {name: plan[name] for name in ("ratio", "scope", "unit", "allow_empty")}
+    rule["groups"] = [layer.group_index for layer in attention_layers(dense.model)]
     plans = {}
     if scores is not None:
         evidence = load_scores(scores)

@@ -46,7 +46,12 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
         "identity": loaded.identity,
         "task": loaded.task,
         "layers": [
-            {"name": layer.name, "heads": layer.num_heads, "key_value_heads": layer.num_key_value_heads}
+            {
+                "name": layer.name,
+                "heads": layer.num_heads,
+                "key_value_heads": layer.num_key_value_heads,
+                "groups": list(layer.group_index),
+            }
             for layer in layers
         ],
         "data": {

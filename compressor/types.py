@@ -59,6 +59,7 @@ class PruningPlan:
     heads_per_layer: tuple[int, ...]  # before pruning
     allow_empty: bool = False
     seed: int | None = None  # of the draw, where the criterion is random
+    unit: str = "head"  # "head", "query" or "group": what leaves at one time
 
     @property
     def removed(self) -> int:
@@ -76,6 +77,7 @@ class PruningPlan:
             "criterion": self.criterion,
             "ratio": self.ratio,
             "scope": self.scope,
+            "unit": self.unit,
             "allow_empty": self.allow_empty,
             "seed": self.seed,
             "heads_per_layer": list(self.heads_per_layer),

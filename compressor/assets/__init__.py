@@ -1,6 +1,7 @@
-"""The model and the corpus that ship with the package, so that a first run needs no network; see `build`."""
+"""What ships with the package: a model and a corpus for a first run without network (see `build`), and a table."""
 
 from pathlib import Path
 
 MODEL: Path = Path(__file__).parent / "model"
 CORPUS: Path = Path(__file__).parent / "corpus"
+MODELS: Path = Path(__file__).parent / "models.json"  # benchmarks/models.py makes it

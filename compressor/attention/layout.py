@@ -1,157 +1,250 @@
-"""Where the attention heads of a Hugging Face model sit: which rows and columns of which weights belong to which head.
+"""Where the attention heads of a model sit: which rows and columns of which weights belong to which head.
 
-Sizes are read from the weights themselves, so a layout is as true of a pruned model as of a dense one.
+No architecture is listed. A module that attends is copied, with random weights, and played with: its heads' outputs
+are shaken one at a time to see what they reach, and gradients from there tell which weights a head depends on. What
+only the heads that leave depend on can leave with them. So fused, interleaved, grouped, latent, gated and unheard-of
+projections are all found the same way, and sizes are as true of a pruned model as of a dense one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import combinations, groupby
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from compressor.attention.adapters import AMENDED, DESCRIBED, refuse, refuse_model, refuse_quantised
+from compressor.attention.anatomy import Owners, along, dependencies, owners, reached_by_heads, tells_heads_apart
+from compressor.attention.empty import EmptyAttention
+from compressor.attention.linear import is_linear, side
+from compressor.attention.nouns import AttentionLayer, Slice
+from compressor.attention.slim import config_value
+from compressor.attention.specimen import Specimen, in_some_precision, signature
+from compressor.attention.trace import BATCH, Site, tracing
 from compressor.errors import ModelError
 
-
-@dataclass(frozen=True)
-class Projection:
-    """An input projection of an attention layer; its output is the concatenation of `parts`, each head by head."""
-
-    name: str
-    parts: tuple[str, ...]  # of "query", "key", "value"
+REMEMBERED = 1024  # blocks of different build whose examination is kept
+REACH = 3  # frames outside the attention module within which its output projection is looked for
 
 
-@dataclass(frozen=True)
-class AttentionLayer:
-    """One self-attention layer of a model.
-
-    `name` is the qualified name of the module that calls the attention function, `output_projection` that of the
-    linear map that mixes the heads' outputs; its input is `num_heads * head_dim` wide, head after head.
-    `key_value_index[h]` is the key/value head that query head `h` reads.
-    """
-
-    index: int
-    name: str
-    output_projection: str
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    key_value_index: tuple[int, ...]
-    projections: tuple[Projection, ...]
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the modules whose subtrees make up the layer, without repetition."""
-        inside = self.output_projection.startswith(f"{self.name}.")
-        return (self.name,) if inside else (self.name, self.output_projection)
+_EXAMINED: dict[tuple[object, ...], AttentionLayer | None] = {}
 
 
-@dataclass(frozen=True)
-class _Pattern:
-    """Child names by which an attention module is recognised; `output` is relative to the module."""
+def attention_layers(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
+    """Find the attention layers that a model runs on text, in the order in which they are first applied.
 
-    projections: tuple[tuple[str, tuple[str, ...]], ...]
-    output: str
-    kind: type[nn.Module] = nn.Module
-
-
-_SEPARATE = ("query", "key", "value")
-_PATTERNS = (
-    _Pattern((("c_attn", _SEPARATE),), "c_proj", Conv1D),  # GPT-2; GPT-BigCode's Linear of that name interleaves heads
-    _Pattern((("q_proj", ("query",)), ("k_proj", ("key",)), ("v_proj", ("value",))), "o_proj"),  # Llama and its kin
-    _Pattern((("query", ("query",)), ("key", ("key",)), ("value", ("value",))), "..output.dense"),  # BERT, RoBERTa
-)
-
-
-class EmptyAttention(nn.Module):
-    """What is left of an attention layer that lost its last head: the bias of its output projection.
-
-    It still puts one zero per token into the key/value cache, because a cache tells the sequence length by any layer.
-    """
-
-    def __init__(self, head_dim: int, layer_idx: int, output_name: str, output: nn.Module | None) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.layer_idx = layer_idx
-        self.output_name = output_name
-        if output is not None:
-            self.add_module(output_name, output)
-
-    def forward(
-        self, hidden_states: torch.Tensor, *args: object, past_key_values: object = None, **kwargs: object
-    ) -> tuple[torch.Tensor, None]:
-        """Return (the output of zero heads, None) for hidden states [batch, tokens, width]."""
-        if past_key_values is not None:
-            batch, tokens = hidden_states.shape[:2]
-            placeholder = hidden_states.new_zeros(batch, 1, tokens, 1)
-            past_key_values.update(placeholder, placeholder, self.layer_idx)  # type: ignore[attr-defined]
-        output = self._modules.get(self.output_name)
-        if output is None:  # the projection follows elsewhere and adds its own bias
-            return hidden_states[..., :0], None
-        result = hidden_states.new_zeros(*hidden_states.shape[:-1], features(output)[1])
-        bias = output.bias
-        return (result + bias if isinstance(bias, torch.Tensor) else result), None
-
-
-def attention_layers(model: PreTrainedModel) -> Sequence[AttentionLayer]:
-    """Find the self-attention layers of a model, in the order in which they are applied.
+    The model is run once, on a few token ids. A layer that is applied several times counts once.
 
     Raises:
-        ModelError: no attention is found, or something hangs on its heads that pruning would not know how to cut.
+        ModelError: there are no attention heads, or they cannot be told apart.
     """
-    name = type(model).__name__
-    if getattr(model.config, "add_cross_attention", False):
-        raise ModelError(f"{name} has cross-attention, whose heads cannot be pruned yet; expected self-attention only")
-    modules = dict(model.named_modules())
-    if getattr(model.config, "attention_type", None) == "block_sparse":
-        raise ModelError(
-            f"{name} has block-sparse attention, which cannot be cut; set its attention_type to original_full"
+    with dissecting(model) as found:
+        return tuple(layer for _, layer in found)
+
+
+@contextmanager
+def dissecting(model: PreTrainedModel) -> Iterator[list[tuple[Site, AttentionLayer]]]:
+    """The places where a model attends, with what was found out about them, while copies of them can be run."""
+    refuse_model(model)
+    with tracing(model) as sites:
+        name = type(model).__name__
+        if not sites and config_value(model.config, "num_attention_heads"):
+            raise ModelError(f"{name} attends without a softmax over keys, by which heads are found")
+        if not sites:
+            raise ModelError(f"{name} has no attention heads")
+        yield [(site, dissect(site, index)) for index, site in enumerate(sites)]
+
+
+def dissect(site: Site, index: int) -> AttentionLayer:
+    """Find out, on copies of an attention block, which of its weights belong to which head.
+
+    Raises:
+        ModelError: the heads cannot be told apart.
+    """
+    module = site.stack[0].module
+    if isinstance(module, EmptyAttention):
+        output = _resolve(site.name, module.output_name)
+        block = site.name if output.startswith(f"{site.name}.") else site.name.rpartition(".")[0]
+        return AttentionLayer(
+            index, site.name, block, output, 0, 0, module.head_dim, module.head_dim, 0, (), (), (), ()
         )
-    layers: list[AttentionLayer] = []
-    for qualified, module in modules.items():
-        if isinstance(module, EmptyAttention):
-            output = _resolve(qualified, module.output_name)
-            layers.append(AttentionLayer(len(layers), qualified, output, 0, 0, module.head_dim, (), ()))
-        elif (pattern := _match(module)) is not None:
-            if "cross" in qualified.rpartition(".")[2]:
-                raise ModelError(f"{name} has cross-attention ({qualified}), whose heads cannot be pruned yet")
-            layers.append(_describe(len(layers), qualified, modules, pattern))
-    if not layers:
+    refuse(module)
+    kind = type(module).__name__
+    if kind in DESCRIBED:
+        return DESCRIBED[kind](site, index)
+    for depth in range(min(len(site.stack), REACH)):
+        known = signature(site, depth)
+        if known not in _EXAMINED:
+            if len(_EXAMINED) >= REMEMBERED:
+                _EXAMINED.clear()
+            _EXAMINED[known] = in_some_precision(partial(_examine, site, depth))
+        if (layer := _EXAMINED[known]) is not None:
+            layer = _placed(layer, site, index, depth)
+            return AMENDED[kind](layer) if kind in AMENDED else layer
+    raise ModelError(f"{site.name} ({type(module).__name__}) attends, but no linear map takes its heads' outputs")
+
+
+def _placed(layer: AttentionLayer, site: Site, index: int, depth: int) -> AttentionLayer:
+    """What was found out about another block of the same build, told of this one."""
+    old, new = layer.block, site.stack[depth].name
+
+    def moved(name: str) -> str:
+        return ".".join(filter(None, (new, name.removeprefix(old).removeprefix("."))))
+
+    return replace(
+        layer,
+        index=index,
+        name=moved(layer.name),
+        block=new,
+        output_projection=moved(layer.output_projection),
+        slices=tuple(replace(part, module=moved(part.module)) for part in layer.slices),
+        uses=site.uses,
+        cached=layer.cached if site.keys is None else site.cached,
+        keys_shared=site.shares_keys,
+    )
+
+
+def _examine(site: Site, depth: int, dtype: torch.dtype) -> AttentionLayer | None:
+    refuse_quantised(site.stack[depth].name, site.stack[depth].module)
+    specimen = Specimen(site, depth, dtype)
+    if specimen.inside is None:
+        return None
+    names = [name for name, part in specimen.block.named_modules() if is_linear(part)]
+    found = reached_by_heads(specimen, names)
+    return None if found is None else _describe(specimen, *found)
+
+
+def _describe(specimen: Specimen, projection: str, reached: Owners) -> AttentionLayer:
+    site = specimen.site
+    sets = sorted({heads for heads in reached if heads})
+    # Heads that cannot be separated, like the two maps of differential attention, are one.
+    apart = all(set(one).isdisjoint(other) for one, other in combinations(sets, 2))
+    if not apart or len({len(one) for one in sets}) > 1 or (len(sets) == 1 and site.heads > 2):
         raise ModelError(
-            f"{name} has no attention heads that compressor can find; expected self-attention as in GPT-2, "
-            "BERT, RoBERTa or Llama and models built like them"
+            f"{site.name} mixes its {site.heads} heads before any linear map takes their outputs, as a norm over all "
+            "of them does, so none can leave alone"
         )
-    return tuple(layers)
+    parts = [[place for place, heads in enumerate(reached) if heads == own] for own in sets]
+    if len({len(part) for part in parts}) > 1:
+        raise ModelError(f"{site.name} has heads of different widths, {sorted({len(part) for part in parts})}")
+    place: dict[tuple[int, ...], tuple[int, ...]] = {heads: (number,) for number, heads in enumerate(sets)}
+    place[()] = ()
+    output = specimen.submodule(projection)
+    slices = [
+        _slice(
+            specimen, "tensor", projection, "weight", side(output, "inputs"), tuple(place[heads] for heads in reached)
+        )
+    ]
+    needs = dependencies(specimen, projection, parts) if len(sets) > 1 else {}
+    slices += _slices(specimen, needs)
+    mapping, spreadable = _sharing(site, needs, slices, len(sets))
+    keys = max(mapping) + 1 if site.keys is None else site.keys
+    if site.shares_keys:
+        slices = [
+            part
+            for part in slices
+            if not any(len({mapping[head] for head in own}) == 1 < len(own) for own, _ in part.runs)
+        ]
+    return AttentionLayer(
+        index=0,
+        name=site.name,
+        block=specimen.name,
+        output_projection=slices[0].module,
+        num_heads=len(sets),
+        num_key_value_heads=keys,
+        head_dim=site.key_width or len(parts[0]),
+        value_dim=len(parts[0]),
+        cached=site.cached if site.keys is not None else keys * 2 * len(parts[0]),
+        key_value_index=mapping,
+        group_index=mapping,
+        slices=tuple(slices),
+        maps=tuple(sets),
+        uses=site.uses,
+        interface=site.keys is not None,
+        spreadable=spreadable,
+        keys_shared=site.shares_keys,
+    )
 
 
-def part_widths(layer: AttentionLayer) -> dict[str, int]:
-    """Number of heads in each part of the input projections."""
-    return {"query": layer.num_heads, "key": layer.num_key_value_heads, "value": layer.num_key_value_heads}
+def _slices(specimen: Specimen, needs: dict[tuple[str, str], torch.Tensor]) -> Iterator[Slice]:
+    """The dimensions that tell heads apart. A linear map goes by its outputs: the gradient of a bias may vanish."""
+    block = specimen.block
+    uncut = {name for (kind, name) in needs if kind == "outputs" and _mixes(needs, name, block.get_submodule(name))}
+    for name in uncut:
+        yield _slice(specimen, "output", name, "", -1, owners(needs["outputs", name]))
+    for (kind, name), needed in needs.items():
+        if kind == "outputs" and name not in uncut and is_linear(module := block.get_submodule(name)):
+            if tells_heads_apart(needed):
+                entries = _completed(owners(needed), len(needed))
+                for tensor, dim in (("weight", side(module, "outputs")), ("bias", 0)):
+                    if getattr(module, tensor, None) is not None:
+                        yield _slice(specimen, "tensor", name, tensor, dim, entries)
+        elif kind == "tensor":
+            inside, _, tensor = name.rpartition(".")
+            if inside in uncut or is_linear(block.get_submodule(inside)):
+                continue
+            weight = needs.get(("tensor", f"{inside}.weight"))
+            if tensor == "bias" and weight is not None and weight.shape[1] == needed.shape[1]:
+                needed = along(weight, 0)  # a bias goes with its weight: its own gradient may vanish
+            yield from _dimensions(specimen, "tensor", inside, tensor, needed)
+        elif kind == "argument":
+            yield from _dimensions(specimen, "argument", "", name, needed)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a plain linear map that can be cut; quantised and wrapped ones are not."""
-    return type(module) in (nn.Linear, Conv1D)
+def _completed(needed: Owners, heads: int) -> Owners:
+    """Entries that a short text never needs, as those for far positions, follow the pattern of those it does."""
+    pattern = tuple((place % heads,) for place in range(len(needed)))
+    return pattern if all(own in ((), told) for own, told in zip(needed, pattern, strict=True)) else needed
 
 
-def features(module: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of a linear module; `Conv1D` keeps its weight as [inputs, outputs], `Linear` transposed."""
-    rows, columns = module.weight.shape  # type: ignore[misc]
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+def _dimensions(
+    specimen: Specimen, kind: Literal["tensor", "argument"], module: str, name: str, needed: torch.Tensor
+) -> Iterator[Slice]:
+    for dim in range(needed.ndim - 1):
+        if tells_heads_apart(entries := along(needed, dim)):
+            yield _slice(specimen, kind, module, name, dim, owners(entries))
 
 
-def _match(module: nn.Module) -> _Pattern | None:
-    children = dict(module.named_children())
-    for pattern in _PATTERNS:
-        names = {name for name, _ in pattern.projections}
-        if not pattern.output.startswith(".."):
-            names.add(pattern.output)
-        if names <= children.keys() and all(isinstance(children[name], pattern.kind) for name in names):
-            return pattern
-    return None
+def _mixes(needs: dict[tuple[str, str], torch.Tensor], name: str, module: nn.Module) -> bool:
+    """Whether heads can be told apart behind a module, but not in front of it, as at a norm over all heads."""
+    inputs, outputs = needs.get(("inputs", name)), needs["outputs", name]
+    if is_linear(module) or inputs is None or inputs.shape != outputs.shape:
+        return False
+    return tells_heads_apart(outputs) and not tells_heads_apart(inputs)
+
+
+def _slice(
+    specimen: Specimen, kind: Literal["tensor", "output", "argument"], module: str, name: str, dim: int, needed: Owners
+) -> Slice:
+    # Of [batch · heads, …], only the heads of one sequence are told.
+    period = len(needed) // BATCH
+    periodic = kind == "argument" and dim == 0 and needed == needed[:period] * BATCH
+    runs = tuple((heads, sum(1 for _ in run)) for heads, run in groupby(needed[:period] if periodic else needed))
+    return Slice(kind, ".".join(filter(None, (specimen.name, module))), name, dim, runs, periodic)
+
+
+def _sharing(
+    site: Site, needs: dict[tuple[str, str], torch.Tensor], slices: Sequence[Slice], heads: int
+) -> tuple[tuple[int, ...], bool]:
+    """The key/value head of every head, and whether the attention function sees them as they are shared."""
+    groups = sorted({own for part in slices for own, _ in part.runs if 1 < len(own) < heads})
+    if groups and sorted(head for group in groups for head in group) == list(range(heads)):
+        mapping = tuple(next(place for place, group in enumerate(groups) if head in group) for head in range(heads))
+        return mapping, site.keys == len(groups)
+    if ("keys", "") in needs:
+        read = owners(needs["keys", ""].T)
+        if all(len(own) == 1 for own in read):
+            return tuple(own[0] for own in read), True
+        sets = sorted(set(read))
+        if sum(map(len, sets)) == site.keys:
+            return tuple(sets.index(own) for own in read), False
+    return tuple(range(heads)), True
 
 
 def _resolve(qualified: str, relative: str) -> str:
@@ -160,60 +253,9 @@ def _resolve(qualified: str, relative: str) -> str:
     return f"{qualified}.{relative}"
 
 
-def _describe(index: int, qualified: str, modules: dict[str, nn.Module], pattern: _Pattern) -> AttentionLayer:
-    module = modules[qualified]
-    output = _resolve(qualified, pattern.output)
-    projections = tuple(Projection(f"{qualified}.{name}", parts) for name, parts in pattern.projections)
-    names = [projection.name for projection in projections] + [output]
-    for name in names:
-        if name not in modules or not is_linear(modules[name]):
-            if name not in modules:
-                raise ModelError(f"{qualified} has no {name}; its layout is not one that compressor knows")
-            kind = type(modules[name]).__name__
-            raise ModelError(f"{name} is {kind}; expected a plain Linear or Conv1D (load the model unquantised)")
-
-    head_dim = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
-    if not isinstance(head_dim, int):
-        raise ModelError(f"{qualified} does not tell its head_dim, so its heads cannot be told apart")
-    width, _ = features(modules[output])
-    outputs = [features(modules[projection.name])[1] for projection in projections]
-    if len(outputs) == 1:
-        consistent, key_width = outputs[0] == 3 * width, width
-    else:
-        consistent, key_width = outputs[0] == width and outputs[1] == outputs[2], outputs[1]
-    if not consistent or width % head_dim or key_width % head_dim:
-        raise ModelError(
-            f"{qualified} has projections {outputs} wide and an output projection {width} wide that do not divide "
-            f"into heads of {head_dim}; its layout is not one that compressor knows"
-        )
-    num_heads, num_key_value_heads = width // head_dim, key_width // head_dim
-    _refuse_strangers(qualified, module, names, head_dim)
-    mapping = getattr(module, "key_value_index", None)
-    if mapping is None:
-        if num_heads % num_key_value_heads:
-            raise ModelError(f"{qualified} has {num_heads} query heads over {num_key_value_heads} key/value heads")
-        group = num_heads // num_key_value_heads
-        mapping = tuple(head // group for head in range(num_heads))
-    return AttentionLayer(
-        index, qualified, output, num_heads, num_key_value_heads, head_dim, tuple(mapping), projections
-    )
-
-
-def _refuse_strangers(qualified: str, module: nn.Module, known: list[str], head_dim: int) -> None:
-    """Refuse parameters that may belong to single heads; a norm that all heads share, [head_dim], is harmless."""
-    for name, parameter in module.named_parameters():
-        full = f"{qualified}.{name}"
-        shared_norm = "norm" in name.rpartition(".")[0].lower() and parameter.shape == (head_dim,)
-        if not shared_norm and not any(full.startswith(f"{projection}.") for projection in known):
-            raise ModelError(f"{full} {list(parameter.shape)} may belong to single heads and cannot be cut yet")
-
-
-def head_output_norms(model: PreTrainedModel, layer: AttentionLayer) -> torch.Tensor:
+def output_norms(model: PreTrainedModel, layer: AttentionLayer) -> torch.Tensor:
     """L2 norm of each head's slice of the output projection, float64 [heads] on the CPU."""
-    module = model.get_submodule(layer.output_projection)
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    by_input = weight.detach() if isinstance(module, Conv1D) else weight.detach().T
-    slices = by_input.reshape(layer.num_heads, -1).double()
-    norms: torch.Tensor = torch.linalg.vector_norm(slices, dim=-1)
-    return norms.cpu()
+    projection = layer.slices[0]
+    weight = model.get_submodule(projection.module).get_parameter(projection.name).detach()
+    squares = weight.movedim(projection.dim, 0).flatten(1).double().square().sum(1).cpu()
+    return torch.stack([squares[layer.entries([head])].sum().sqrt() for head in range(layer.num_heads)])

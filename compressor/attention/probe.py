@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,11 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compressor.attention.grouping import PREFIX, AttentionFunction, attention_function, register, spread
-from compressor.attention.layout import AttentionLayer
+from compressor.attention.interface import observing, readable_masks, spread
+from compressor.attention.nouns import AttentionLayer
+from compressor.attention.trace import Frame, WatchAttention, attending, running
 from compressor.errors import ModelError
 
-PROBE = "compressor_probe_"
 QUERY_BLOCK = 128  # queries whose attention scores exist at one time
 SYMBOLS = ("key", "offset", "sequence")
 
@@ -129,33 +128,34 @@ def sequence_symbols(key: torch.Tensor, attention_mask: torch.Tensor, width: int
 class AttentionProbe:
     """Context manager under which a model's forward passes also tell what their heads attend to.
 
-    After a forward pass `observed[layer index]` holds an `Attended`; `take()` hands it over and empties it. Models
-    whose attention bypasses transformers' AttentionInterface are asked for their attention matrices, one layer's at a
-    time; `fallback` tells. On leaving, by whatever way, the model is as it was.
+    After a forward pass `observed[layer index]` holds one `Attended` for every use of the layer; `take()` hands them
+    over. Where a model does not look its attention function up (`fallback` tells), its softmax over the keys is read,
+    or what it gives to fused attention. On leaving, by whatever way, the model is as it was.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
         self.model = model
         self.layers = [layer for layer in layers if layer.num_heads]
-        self.fallback = not model._can_set_attn_implementation()
+        self.fallback = not all(layer.interface for layer in self.layers)
         self.attention_mask: torch.Tensor | None = None
-        self.observed: dict[int, Attended] = {}
-        self._undo: list[Callable[[], object]] = []
+        self.observed: dict[int, list[Attended]] = {}
+        self._modules: dict[nn.Module, AttentionLayer] = {}
+        self._undo = ExitStack()
 
     def __enter__(self) -> Self:
-        try:
-            self._attach()
-        except BaseException:
-            self._detach()
-            raise
+        with ExitStack() as stack:
+            self._attach(stack)
+            self._undo = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._detach()
+        self._undo.close()
+        self.observed = {}
+        self.attention_mask = None
 
-    def take(self) -> dict[int, Attended]:
+    def take(self) -> dict[int, list[Attended]]:
         """Hand over what the last forward pass showed, by layer index.
 
         Raises:
@@ -165,15 +165,18 @@ class AttentionProbe:
         for layer in self.layers:
             if layer.index not in observed:
                 raise ModelError(f"{layer.name} never told what it attends to; its attention cannot be scored")
+            # Differential attention calls its function twice with the same queries and keys.
+            observed[layer.index] = observed[layer.index][:: len(observed[layer.index]) // layer.uses]
         return observed
 
     def observe(
         self,
-        index: int,
         module: nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
-        mask: torch.Tensor | None,
+        value: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        output: torch.Tensor | None = None,
         *,
         scaling: float | None = None,
         is_causal: bool | None = None,
@@ -182,7 +185,7 @@ class AttentionProbe:
     ) -> None:
         """Record what a layer attends to, given the arguments of its attention function."""
         causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-        self.observed[index] = attended_keys(
+        attended = attended_keys(
             query,
             spread(module, key),
             mask,
@@ -191,91 +194,59 @@ class AttentionProbe:
             softcap=softcap,
             first_key=self._first_key(),
         )
+        self._record(module, attended)
+
+    def _record(self, module: nn.Module, attended: Attended) -> None:
+        layer = self._modules[module]
+        if len(layer.maps[0]) > 1:  # of the maps that make a head, the first speaks for it
+            leading = [maps[0] for maps in layer.maps]
+            attended = Attended(attended.key[:, leading], attended.first[:, leading])
+        self.observed.setdefault(layer.index, []).append(attended)
 
     def _first_key(self) -> torch.Tensor | None:
         return None if self.attention_mask is None else first_keys(self.attention_mask)
 
-    def _attach(self) -> None:
-        modules = {layer.index: self.model.get_submodule(layer.name) for layer in self.layers}
-        implementation = self.model.config._attn_implementation
-        if implementation.startswith(PROBE):
-            raise ModelError(f"{type(self.model).__name__} is being watched already; one probe at a time")
-        self._undo.append(self.model.register_forward_pre_hook(self._remember_mask, with_kwargs=True).remove)
-        if self.model.base_model is not self.model:
-            hook = self.model.base_model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)
-            self._undo.append(hook.remove)
-        if not self.fallback:
-            for index, module in modules.items():
-                _ACTIVE[module] = (self, index, implementation)
-                self._undo.append(partial(_ACTIVE.pop, module, None))
-            self._undo.append(lambda: self.model.set_attn_implementation(implementation))
-            # Flash and flex attention take masks of other forms; while they are watched, sdpa stands in for them.
-            try:
-                self.model.set_attn_implementation(PROBE + ("eager" if implementation.endswith("eager") else "sdpa"))
-            except ValueError as error:
-                reason = " ".join(str(error).split())
-                raise ModelError(f"{type(self.model).__name__} cannot be watched: {reason}") from error
-            return
-        if implementation != "eager":
-            raise ModelError(
-                f"{type(self.model).__name__} bypasses the attention interface and runs {implementation!r}, which does "
-                "not tell what it attends to; load it with attn_implementation='eager'"
-            )
-        for index, module in modules.items():
-            hook = module.register_forward_hook(self._read_weights(index))
-            self._undo.append(hook.remove)
-        wanted = self.model.config.output_attentions
-        self._undo.append(lambda: setattr(self.model.config, "output_attentions", wanted))
-        self.model.config.output_attentions = True
+    def _attach(self, stack: ExitStack) -> None:
+        self._modules = {self.model.get_submodule(layer.name): layer for layer in self.layers}
+        for model in {self.model, self.model.base_model}:
+            stack.callback(model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        stack.enter_context(readable_masks(self.model))
+        stack.enter_context(observing([m for m, layer in self._modules.items() if layer.interface], self.observe))
+        if self.fallback:
+            frames: list[Frame] = []
+            stack.enter_context(running(self.model.named_modules(), frames))
+            stack.enter_context(WatchAttention(lambda: attending(frames), self._read_weights, self._read_arguments))
 
-    def _detach(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-        self.observed = {}
-        self.attention_mask = None
-
-    def _remember_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
+        self.observed = {}  # a new forward pass begins
         self.attention_mask = given.get("attention_mask")
 
-    def _read_weights(self, index: int) -> Callable[..., None]:
-        def read(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-            if weights is None:
-                return  # take() names the layer
-            batch, heads, queries, _ = weights.shape
-            index_of_first = self._first_key()
-            if index_of_first is None:
-                index_of_first = weights.new_zeros(batch, dtype=torch.long)
-            column = index_of_first.view(batch, 1, 1, 1).expand(batch, heads, queries, 1)
-            self.observed[index] = Attended(weights.argmax(-1), weights.gather(-1, column).squeeze(-1))
+    def _read_weights(self, module: nn.Module, weights: torch.Tensor, axis: int) -> None:
+        """Record what a layer attends to, given its attention matrices, [batch, heads, …] or [batch · heads, …]."""
+        layer = self._modules.get(module)
+        if layer is None or layer.interface:
+            return
+        if axis == 0:
+            weights = weights.reshape(-1, layer.num_heads * len(layer.maps[0]), *weights.shape[1:])
+        batch, heads, queries, _ = weights.shape
+        first = self._first_key()
+        column = (weights.new_zeros(batch, dtype=torch.long) if first is None else first).view(batch, 1, 1, 1)
+        mass = weights.gather(-1, column.expand(batch, heads, queries, 1)).squeeze(-1)
+        self._record(module, Attended(weights.argmax(-1), mass))
 
-        return read
-
-
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, tuple[AttentionProbe, int, str]] = weakref.WeakKeyDictionary()
-
-
-def _probed(form: str) -> AttentionFunction:
-    """The probe for masks of one form, sdpa's or eager's; the model's own implementation of that form does the work."""
-
-    def attend(
+    def _read_arguments(
+        self,
         module: nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        base = form
-        if (active := _ACTIVE.get(module)) is not None:
-            probe, index, implementation = active
-            probe.observe(index, module, query, key, attention_mask, **kwargs)
-            base = implementation if implementation.startswith(PREFIX) else form
-        return attention_function(base, module)(module, query, key, value, attention_mask, **kwargs)
-
-    return attend
-
-
-for _form in ("sdpa", "eager"):
-    register(PROBE + _form, _probed(_form), like=_form)
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **_: object,
+    ) -> None:
+        """Record what a layer attends to, given the arguments of fused attention."""
+        if module in self._modules and not self._modules[module].interface:
+            self.observe(module, query, key, mask=attn_mask, scaling=scale, is_causal=is_causal)

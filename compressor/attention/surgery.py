@@ -1,29 +1,38 @@
-"""A pruning plan made flesh: heads leave the projection weights, and every number that counted them follows."""
+"""A pruning plan made flesh: heads leave the weights, and every number that counted them follows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from compressor.attention.grouping import uneven_implementation
-from compressor.attention.layout import AttentionLayer, EmptyAttention, attention_layers, features, part_widths
+from compressor.attention.bookkeeping import counts_left, keep_count
+from compressor.attention.layout import dissecting
+from compressor.attention.nouns import AttentionLayer
+from compressor.attention.record import remember, removed_heads, surviving_heads
+from compressor.attention.silence import silence
+from compressor.attention.slim import Description, Editor, Habits
+from compressor.attention.specimen import Specimen, in_some_precision
+from compressor.attention.trace import Site
 from compressor.errors import PlanError
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative; many modules round to float32 on their way
 
 
 def prune_heads(model: Model, heads: Mapping[int, Iterable[int]], *, allow_empty: bool = False) -> Model:
     """Remove attention heads from the weights of a model, in place.
 
-    A key/value head goes when the last query head that reads it goes. The plan is checked as a whole before anything
-    is changed. `model.config.pruned_heads` records, in the numbering of the dense model, all that was ever removed;
-    `save_pretrained` writes it, and `compressor.load` reads it.
+    A key/value head goes when the last query head that reads it goes. The plan is checked as a whole, and tried on
+    copies of the attention blocks, which must give what they give with the heads' outputs zeroed, before anything is
+    changed. The model's config then tells what is left; `config.pruned_heads` records, in the numbering of the dense
+    model, all that was ever removed. `save_pretrained` writes it, and `compressor.load` reads it.
 
     Args:
         model: a model whose heads `attention_layers` finds.
@@ -34,38 +43,43 @@ def prune_heads(model: Model, heads: Mapping[int, Iterable[int]], *, allow_empty
         The same model, smaller.
 
     Raises:
-        PlanError: a layer or head that does not exist, a head named twice, or a layer left without heads.
+        PlanError: a layer or head that does not exist, a head named twice, a layer left without heads, or heads that
+            cannot leave by themselves.
+        ModelError: the model's heads cannot be told apart.
     """
-    layers = attention_layers(model)
-    plan = _checked(layers, heads, allow_empty)
+    with dissecting(model) as found:
+        layers = [layer for _, layer in found]
+        plan = check_plan(layers, heads, allow_empty)
+        habits: dict[int, Habits] = {}
+        for index, removed in plan.items():
+            habits[index] = _try(found[index][0], layers[index], removed)
+    if not plan:
+        return model
     record = removed_heads(model)
-    for index, removed in plan.items():
-        layer = layers[index]
-        originals = surviving_heads(layer.num_heads, record.get(index, ()))
-        record[index] = tuple(sorted((*record.get(index, ()), *(originals[head] for head in removed))))
-        _prune_layer(model, layer, removed)
-    if record:
-        model.config.pruned_heads = {str(index): list(removed) for index, removed in sorted(record.items())}
-    if any(getattr(model.get_submodule(layer.name), "key_value_index", None) for layer in attention_layers(model)):
-        model.set_attn_implementation(uneven_implementation(model.config._attn_implementation))
+    description: Description = {}
+    for layer in layers:
+        editor = Editor(model.get_submodule, model.set_submodule, habits.get(layer.index))
+        removed = plan.get(layer.index, ())
+        if removed:
+            gone = record.get(layer.index, ())
+            originals = surviving_heads(layer.num_heads, gone)
+            record[layer.index] = tuple(sorted((*gone, *(originals[head] for head in removed))))
+        if layer.num_heads:
+            _remove(editor, layer, removed)  # layers that lose nothing are told their own numbers too
+        description |= editor.description
+    left = [(layer, *counts_left(layer, plan.get(layer.index, ()))) for layer in layers]
+    remember(model, record, description, left)
     return model
 
 
-def removed_heads(model: PreTrainedModel) -> dict[int, tuple[int, ...]]:
-    """Heads that a model has lost, by layer, in the numbering of the dense model it came from."""
-    record = getattr(model.config, "pruned_heads", None) or {}
-    return {int(index): tuple(removed) for index, removed in record.items()}
-
-
-def surviving_heads(num_heads: int, removed: Sequence[int]) -> list[int]:
-    """Original numbers of the `num_heads` heads that a layer still has after it lost those in `removed`."""
-    gone = set(removed)
-    return [head for head in range(num_heads + len(gone)) if head not in gone]
-
-
-def _checked(
+def check_plan(
     layers: Sequence[AttentionLayer], heads: Mapping[int, Iterable[int]], allow_empty: bool
 ) -> dict[int, tuple[int, ...]]:
+    """The plan as sorted tuples, without layers that lose nothing.
+
+    Raises:
+        PlanError: the plan does not fit the layers.
+    """
     plan: dict[int, tuple[int, ...]] = {}
     for index, requested in heads.items():
         removed = tuple(requested)
@@ -89,71 +103,76 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _prune_layer(model: PreTrainedModel, layer: AttentionLayer, removed: Sequence[int]) -> None:
-    gone = set(removed)
-    kept = {"query": [head for head in range(layer.num_heads) if head not in gone]}
-    kept["key"] = kept["value"] = sorted({layer.key_value_index[head] for head in kept["query"]})
-    for projection in layer.projections:
-        rows: list[int] = []
-        start = 0
-        for part in projection.parts:
-            rows += [start + row for row in _rows(kept[part], layer.head_dim)]
-            start += part_widths(layer)[part] * layer.head_dim
-        _select(model.get_submodule(projection.name), "outputs", rows)
-    output = model.get_submodule(layer.output_projection)
-    _select(output, "inputs", _rows(kept["query"], layer.head_dim))
+def _try(site: Site, layer: AttentionLayer, removed: Sequence[int]) -> Habits:
+    """Remove heads from copies of a block, and compare with another copy in which they are silenced.
 
-    module = model.get_submodule(layer.name)
-    if not kept["query"]:
+    Returns:
+        The reading of the block's code under which the two agree.
+
+    Raises:
+        PlanError: they do not.
+    """
+    what = f"the plan removes heads {', '.join(map(str, removed))} of layer {layer.index} ({layer.name})"
+    failures: list[str] = []
+    for habits in [Habits(widths, groups) for widths in (True, False) for groups in (True, False)]:
+        try:
+            deviation, tolerance = in_some_precision(partial(_deviation, site, layer, removed, habits))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            failures.append(f"whose code cannot run without them ({' '.join(str(error).split())})")
+            continue
+        if deviation <= tolerance:
+            return habits
+        failures.append(f"which does not work as before without them (it deviates by {deviation:.1e})")
+    advice = "; try --unit query or --unit group" if len(layer.groups) < layer.num_heads else ""
+    raise PlanError(f"{what}, {failures[0]}{advice}")
+
+
+def _deviation(
+    site: Site, layer: AttentionLayer, removed: Sequence[int], habits: Habits, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Largest relative difference between a block without heads and one in which they are silenced, and what may be."""
+    depth = next(place for place, frame in enumerate(site.stack) if frame.name == layer.block)
+    silenced, slim = Specimen(site, depth, dtype), Specimen(site, depth, dtype)
+    silence(silenced.find(layer.output_projection), layer, removed)
+    _remove(Editor(slim.find, slim.replace, habits), layer, removed)
+    with torch.no_grad():
+        expected, found = silenced.run(), slim.run()
+    if expected.shape != found.shape:
+        return math.inf, 0.0
+    size = expected.abs().max().clamp(min=torch.finfo(dtype).tiny)  # without a bias, an emptied layer gives zeros
+    return float((expected - found).abs().max() / size), TOLERANCE[dtype]
+
+
+def _in_list(editor: Editor, layer: AttentionLayer, name: str) -> bool:
+    """Whether a module is an entry of a list within the layer, as norms of single heads are."""
+    return name != layer.block and isinstance(editor.find(name.rpartition(".")[0]), nn.ModuleList)
+
+
+def _remove(editor: Editor, layer: AttentionLayer, removed: Sequence[int]) -> None:
+    """Take heads out of one layer.
+
+    Raises:
+        PlanError: its key/value heads would come to be shared in a way that its code cannot express.
+    """
+    gone: list[str] = []
+    for part in layer.slices:
+        kept = part.kept(removed)
+        if len(kept) == len(part):
+            continue
+        if part.kind == "output":
+            editor.keep_outputs(part.module, kept)
+        elif part.kind == "argument":
+            editor.keep_argument(part.module, part.name, part.dim, kept, len(part) if part.periodic else 0)
+        elif kept or not _in_list(editor, layer, part.module):
+            editor.cut(part.module, part.name, part.dim, kept)
+        else:
+            gone.append(part.module)
+    if len(removed) == layer.num_heads:
         inside = layer.output_projection.startswith(f"{layer.name}.")
-        parent = layer.name.rpartition(".")[0]
-        relative = layer.output_projection.removeprefix(f"{layer.name if inside else parent}.")
-        relative = relative if inside else f"..{relative}"
-        empty = EmptyAttention(layer.head_dim, module.layer_idx, relative, output if inside else None)  # type: ignore[arg-type]
-        model.set_submodule(layer.name, empty.train(module.training))
+        start = layer.name if inside else layer.name.rpartition(".")[0]
+        output = layer.output_projection.removeprefix(f"{start}.")
+        editor.empty(layer.name, head_dim=layer.head_dim, output_name=output if inside else f"..{output}")
         return
-    position = {head: place for place, head in enumerate(kept["key"])}
-    _update_bookkeeping(module, layer.head_dim, [position[layer.key_value_index[head]] for head in kept["query"]])
-
-
-def _rows(heads: Iterable[int], head_dim: int) -> list[int]:
-    return [head * head_dim + offset for head in heads for offset in range(head_dim)]
-
-
-def _select(module: nn.Module, side: str, rows: list[int]) -> None:
-    """Keep some inputs or outputs of a linear module, in place."""
-    transposed = isinstance(module, Conv1D)
-    dim = int((side == "inputs") != transposed)
-
-    def cut(parameter: nn.Parameter, dim: int) -> nn.Parameter:
-        index = torch.tensor(rows, dtype=torch.long, device=parameter.device)
-        return nn.Parameter(parameter.detach().index_select(dim, index), requires_grad=parameter.requires_grad)
-
-    module.weight = cut(module.weight, dim)  # type: ignore[arg-type]
-    if side == "outputs" and module.bias is not None:
-        module.bias = cut(module.bias, 0)  # type: ignore[arg-type]
-    names = ("nx", "nf") if transposed else ("in_features", "out_features")
-    for name, size in zip(names, features(module), strict=True):
-        setattr(module, name, size)
-
-
-def _update_bookkeeping(module: nn.Module, head_dim: int, mapping: list[int]) -> None:
-    """Tell an attention module how many heads it has; `mapping[h]` is the key/value head that query head h reads."""
-    heads, key_value_heads = len(mapping), max(mapping) + 1
-    counts = {
-        "num_heads": heads,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads,
-        "all_head_size": heads * head_dim,
-        "split_size": heads * head_dim,
-    }
-    for name, value in counts.items():
-        if hasattr(module, name):
-            setattr(module, name, value)
-    module.__dict__.pop("key_value_index", None)
-    module.__dict__.pop("_key_value_index_on", None)
-    even = mapping == [head * key_value_heads // heads for head in range(heads)] and heads % key_value_heads == 0
-    if hasattr(module, "num_key_value_groups"):
-        module.num_key_value_groups = heads // key_value_heads if even else 1  # type: ignore[assignment]
-    if not even:
-        module.__dict__["key_value_index"] = tuple(mapping)
+    keep_count(editor, layer, removed)
+    for name in sorted(set(gone), key=lambda name: int(name.rpartition(".")[2]), reverse=True):
+        editor.drop(name)

@@ -103,6 +103,7 @@ def prune(
     criterion: o.Criterion = None,
     ratio: o.Ratio = None,
     scope: o.Scope = None,
+    unit: o.Unit = None,
     allow_empty: o.AllowEmpty = None,
     export: o.Export = False,
     dry_run: o.DryRun = False,
@@ -179,6 +180,7 @@ def run(
     criterion: o.Criterion = None,
     ratio: o.Ratio = None,
     scope: o.Scope = None,
+    unit: o.Unit = None,
     allow_empty: o.AllowEmpty = None,
     random_seeds: o.RandomSeeds = None,
     repeats: o.Repeats = None,
@@ -197,6 +199,15 @@ def run(
     from compressor.cli import show
 
     show.ran(pipeline.run(**flags), json)
+
+
+@app.command()
+def models(name: o.ModelType = None, json: o.Json = False) -> None:
+    """List which model types can be pruned, by which units, and why not."""
+    from compressor import support
+    from compressor.cli import matrix
+
+    matrix.listed(support.support_matrix(name), json)
 
 
 def _flags(values: dict[str, Any]) -> dict[str, Any]:

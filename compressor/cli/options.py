@@ -12,6 +12,10 @@ _MODEL, _TEXT, _PRUNING, _MEASURING, _OUTPUT = "Model", "Text", "Pruning", "Meas
 Model = Annotated[
     str | None, typer.Option(help="Hub id, local directory, or 'embedded'.", rich_help_panel=_MODEL, show_default=False)
 ]
+ModelType = Annotated[
+    str | None,
+    typer.Argument(help="A model type, as config.json has it, or a class.  [default: all]", show_default=False),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL)]
 Task = Annotated[str | None, typer.Option(help="causal or masked.  [default: from the config]", rich_help_panel=_MODEL)]
 Device = Annotated[
@@ -71,6 +75,14 @@ Scope = Annotated[
     str | None,
     typer.Option(
         help="Share of every layer, or of the whole model: layer or global.  [default: layer]", rich_help_panel=_PRUNING
+    ),
+]
+Unit = Annotated[
+    str | None,
+    typer.Option(
+        help="What leaves at one time: a head, one query head of every group that shares keys (query), or a group with "
+        "its keys.  [default: head]",
+        rich_help_panel=_PRUNING,
     ),
 ]
 AllowEmpty = Annotated[

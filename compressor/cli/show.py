@@ -6,12 +6,11 @@ import math
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from compressor.files import to_json
+from compressor.cli.page import new_table, print_json, say
 from compressor.pipeline import BenchRun, PruneRun, ScoreRun, WholeRun
 
 MATRIX_WIDTH = 12  # heads whose scores fit a line of a terminal
@@ -20,29 +19,29 @@ MATRIX_WIDTH = 12  # heads whose scores fit a line of a terminal
 def scored(result: ScoreRun, as_json: bool) -> None:
     """Print a scoring run."""
     if as_json:
-        _print_json(score_document(result))
+        print_json(score_document(result))
         return
     console = Console()
     _print_scores(console, result)
     if not result.scores.facts["saturated_layers"]:
-        _say(console, f"next: compress prune --scores {result.directory} --ratio 0.2 --export")
+        say(console, f"next: compress prune --scores {result.directory} --ratio 0.2 --export")
 
 
 def pruned(result: PruneRun, as_json: bool) -> None:
     """Print what pruning did."""
     if as_json:
-        _print_json(prune_document(result))
+        print_json(prune_document(result))
         return
     console = Console()
     _print_plan(console, result)
     if result.checkpoint is not None:
-        _say(console, f"next: compress bench --against {result.checkpoint}")
+        say(console, f"next: compress bench --against {result.checkpoint}")
 
 
 def benched(result: BenchRun, as_json: bool) -> None:
     """Print a comparison."""
     if as_json:
-        _print_json({**result.document, "directory": str(result.directory)})
+        print_json({**result.document, "directory": str(result.directory)})
         return
     _print_bench(Console(), result)
 
@@ -50,7 +49,7 @@ def benched(result: BenchRun, as_json: bool) -> None:
 def ran(result: WholeRun, as_json: bool) -> None:
     """Print the three runs of the whole line."""
     if as_json:
-        _print_json(
+        print_json(
             {
                 "score": score_document(result.score),
                 "prune": prune_document(result.prune),
@@ -103,11 +102,11 @@ def prune_document(result: PruneRun) -> dict[str, Any]:
 def _print_scores(console: Console, result: ScoreRun) -> None:
     document = score_document(result)
     facts = document["facts"]
-    _say(console, f"φ of {facts['model']} by layer and head, in nats; symbol: {facts['settings']['symbol']}")
+    say(console, f"φ of {facts['model']} by layer and head, in nats; symbol: {facts['settings']['symbol']}")
     console.print(_phi_table(document["layers"]))
     for layer in document["layers"]:
         if (triples := layer["triples"]) is not None:
-            _say(
+            say(
                 console,
                 f"triple dividends of layer {layer['layer']}: {triples['negative']} negative, {triples['positive']} "
                 f"positive, mean {triples['mean']:.2f} (plug-in estimates, whose bias can decide a sign)",
@@ -115,19 +114,22 @@ def _print_scores(console: Console, result: ScoreRun) -> None:
     for index in facts["saturated_layers"][:1]:
         observations = document["layers"][index]["observations"]
         ceiling = f"ln {observations:,} = {math.log(observations):.4f}"
-        _say(console, f"saturated: {ceiling} is the estimator's ceiling, not a finding")
-    _say(console, f"scores: {result.directory}")
+        say(console, f"saturated: {ceiling} is the estimator's ceiling, not a finding")
+    say(console, f"scores: {result.directory}")
+
+
+_PORTIONS = {"head": "heads", "query": "heads of every group", "group": "groups"}
 
 
 def _print_plan(console: Console, result: PruneRun) -> None:
     plan = result.plan
     rule = "in every layer" if plan.scope == "layer" else "over the whole model"
-    _say(
+    say(
         console,
         f"{plan.criterion}: {plan.removed} of {plan.total} heads go ({plan.removed / plan.total:.1%}); "
-        f"the rule is ⌈{plan.ratio:g} · heads⌉ {rule}",
+        f"the rule is ⌈{plan.ratio:g} · {_PORTIONS[plan.unit]}⌉ {rule}",
     )
-    table = _table("layer", "heads", "left", "removed")
+    table = new_table("layer", "heads", "left", "removed")
     for layer, before in enumerate(plan.heads_per_layer):
         gone = plan.heads.get(layer, ())
         table.add_row(str(layer), str(before), str(before - len(gone)), ", ".join(map(str, gone)) or "–")
@@ -135,9 +137,9 @@ def _print_plan(console: Console, result: PruneRun) -> None:
     if "costs" in result.document:
         console.print(_cost_table(result.document["costs"]["dense"], result.document["costs"]["pruned"]))
     if result.directory is not None:
-        _say(console, f"plan: {result.directory}")
+        say(console, f"plan: {result.directory}")
     if result.checkpoint is not None:
-        _say(console, f"checkpoint, loaded again and found equal: {result.checkpoint}")
+        say(console, f"checkpoint, loaded again and found equal: {result.checkpoint}")
 
 
 def _print_bench(console: Console, result: BenchRun) -> None:
@@ -146,8 +148,8 @@ def _print_bench(console: Console, result: BenchRun) -> None:
     kind = "perplexity" if document["task"] == "causal" else "pseudo-perplexity"
     text = document["data"]
     share = "" if document["task"] == "causal" else ", 15 % of them masked"
-    _say(console, f"{kind} on {text['documents']:,} documents of {text['name']} ({text['tokens']:,} tokens{share})")
-    table = _table("model", "heads", kind, "change", "parameters", "MACs", "attention")
+    say(console, f"{kind} on {text['documents']:,} documents of {text['name']} ({text['tokens']:,} tokens{share})")
+    table = new_table("model", "heads", kind, "change", "parameters", "MACs", "attention")
     for row in document["rows"]:
         if row["kind"] != "random":
             table.add_row(*_quality(row, dense))
@@ -159,9 +161,9 @@ def _print_bench(console: Console, result: BenchRun) -> None:
     console.print(_time_table(document))
     for row in document["rows"]:
         if row["throughput"] is not None:
-            _say(console, _memory_line(row))
-    _say(console, document["verdict"])
-    _say(console, f"measurements: {result.directory}")
+            say(console, _memory_line(row))
+    say(console, document["verdict"])
+    say(console, f"measurements: {result.directory}")
 
 
 def _quality(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
@@ -189,7 +191,7 @@ def _figures(row: dict[str, Any]) -> tuple[float, float, float]:
 
 def _time_table(document: dict[str, Any]) -> Table:
     settings = document["settings"]
-    table = _table("timed", "prefill tokens/s", "gain", "decode tokens/s", "gain")
+    table = new_table("timed", "prefill tokens/s", "gain", "decode tokens/s", "gain")
     table.caption = Text(
         f"median [min, max]; repeats: {settings['repeats']}, interleaved; batch {settings['batch_size']}\n"
         f"prompt {settings['prompt_length']} tokens, {settings['new_tokens']} decoded"
@@ -210,7 +212,7 @@ def _memory_line(row: dict[str, Any]) -> str:
 
 
 def _cost_table(dense: dict[str, Any], pruned: dict[str, Any]) -> Table:
-    table = _table("cost", "dense", "pruned", "change")
+    table = new_table("cost", "dense", "pruned", "change")
     rows = [("parameters", dense["parameters"], pruned["parameters"], _count)]
     rows += [
         (f"MACs, {part.replace('_', ' ')}", dense["macs"][part], pruned["macs"][part], _count)
@@ -231,7 +233,7 @@ def _phi_table(layers: list[dict[str, Any]]) -> Table:
     """φ of every head where they fit a line, else the range and the lowest of each layer."""
     width = max(len(layer["phi"]) for layer in layers)
     heads = [str(head) for head in range(width)] if width <= MATRIX_WIDTH else ["lowest heads", "φ from", "to"]
-    table = _table("layer", *heads, "mean pair")
+    table = new_table("layer", *heads, "mean pair")
     for layer in layers:
         ranked = sorted(range(len(layer["phi"])), key=layer["phi"].__getitem__)
         if width <= MATRIX_WIDTH:
@@ -251,24 +253,6 @@ def _phi_table(layers: list[dict[str, Any]]) -> Table:
 def _mean_off_diagonal(matrix: torch.Tensor) -> float | None:
     heads = matrix.shape[0]
     return float(matrix.sum() / (heads * (heads - 1))) if heads > 1 else None
-
-
-def _table(*columns: str) -> Table:
-    table = Table(*columns, box=SIMPLE, padding=(0, 1, 0, 0))
-    for column in table.columns:
-        column.no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
-
-
-def _say(console: Console, text: str) -> None:
-    """Print a line as it is; paths and commands must survive being copied."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    print(to_json(document), end="")
 
 
 def _count(value: float) -> str:

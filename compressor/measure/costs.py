@@ -23,7 +23,7 @@ def measure_costs(model: PreTrainedModel, length: int, *, causal: bool) -> dict[
     """
     layers = attention_layers(model)
     modules = [name for layer in layers for name in layer.modules]
-    cache = kv_cache_bytes_per_token([(layer.num_key_value_heads, layer.head_dim) for layer in layers], model.dtype)
+    cache = kv_cache_bytes_per_token([layer.cached for layer in layers], model.dtype)
     tokens = torch.zeros(1, length, dtype=torch.long, device=model.device)
     return {
         "length": length,

@@ -23,14 +23,14 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def kv_cache_bytes_per_token(kv_heads_and_dims: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+def kv_cache_bytes_per_token(cached: Sequence[int], dtype: torch.dtype) -> int:
     """Bytes the key/value cache grows by with each token of each sequence.
 
     Args:
-        kv_heads_and_dims: (key/value heads, head dimension) of every layer.
+        cached: numbers that each layer keeps for a token, its keys and its values.
         dtype: of the cached keys and values.
     """
-    return sum(2 * heads * dim for heads, dim in kv_heads_and_dims) * dtype.itemsize
+    return sum(cached) * dtype.itemsize
 
 
 def peak_memory(model: nn.Module, input_ids: Tensor) -> int:

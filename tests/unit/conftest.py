@@ -8,17 +8,47 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
     BertConfig,
     BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MPNetConfig,
+    MPNetForMaskedLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
 )
@@ -44,6 +74,7 @@ GPT2: dict[str, Any] = SPECIAL | {
     "n_head": HEADS["gpt2"],
     "n_positions": 64,
 }
+STACK: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 2} | SPECIAL
 KINDS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
     "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2),
     "bert": (BertForMaskedLM, BertConfig, ENCODER),
@@ -51,6 +82,63 @@ KINDS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, GROUPED | {"attention_bias": True}),
     "mistral": (MistralForCausalLM, MistralConfig, GROUPED | {"head_dim": 6, "sliding_window": None}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, GROUPED | {"num_attention_heads": HEADS["qwen3"], "head_dim": 10}),
+    # Layouts of other kinds: fused, interleaved, latent, gated, with a parameter or a bias for each head …
+    "albert": (AlbertForMaskedLM, AlbertConfig, ENCODER | {"embedding_size": 12}),
+    "bloom": (BloomForCausalLM, BloomConfig, STACK | {"n_head": 4}),
+    "codegen": (CodeGenForCausalLM, CodeGenConfig, GPT2 | {"n_head": 8, "n_embd": 32, "rotary_dim": 2}),
+    "cohere": (CohereForCausalLM, CohereConfig, GROUPED | {"use_qk_norm": True}),
+    "deepseek_v3": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        ENCODER
+        | {"num_key_value_heads": 4, "q_lora_rank": 9, "kv_lora_rank": 7, "first_k_dense_replace": 2}
+        | {"qk_nope_head_dim": 5, "qk_rope_head_dim": 4, "v_head_dim": 6},
+    ),
+    "diffllama": (DiffLlamaForCausalLM, DiffLlamaConfig, ENCODER | {"num_key_value_heads": 2}),
+    "falcon": (FalconForCausalLM, FalconConfig, STACK | {"num_attention_heads": 4, "multi_query": True}),
+    "falcon-groups": (
+        FalconForCausalLM,
+        FalconConfig,
+        STACK | {"num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True, "bias": True},
+    ),
+    "gemma3n": (  # its last two layers take keys and values from the first two
+        Gemma3nForCausalLM,
+        Gemma3nTextConfig,
+        ENCODER
+        | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64, "laurel_rank": 5}
+        | {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 6, "altup_num_inputs": 2}
+        | {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+    ),
+    "gpt_bigcode": (GPTBigCodeForCausalLM, GPTBigCodeConfig, GPT2),
+    "gpt_bigcode-heads": (GPTBigCodeForCausalLM, GPTBigCodeConfig, GPT2 | {"multi_query": False}),
+    "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, ENCODER),
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        GROUPED | {"head_dim": 6, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "mpnet": (MPNetForMaskedLM, MPNetConfig, ENCODER),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, GROUPED),
+    "phi3": (Phi3ForCausalLM, Phi3Config, GROUPED),
+    "qwen3_next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig,
+        GROUPED | {"head_dim": 8, "layer_types": ["full_attention"] * 2, "mlp_only_layers": [0, 1]},
+    ),
+}
+# Where the heads' outputs meet, by model type; most are built like Llama.
+OUTPUTS = {
+    "albert": "albert.encoder.albert_layer_groups.{}.albert_layers.0.attention.dense",
+    "bert": "bert.encoder.layer.{}.attention.output.dense",
+    "bloom": "transformer.h.{}.self_attention.dense",
+    "codegen": "transformer.h.{}.attn.out_proj",
+    "falcon": "transformer.h.{}.self_attention.dense",
+    "gpt2": "transformer.h.{}.attn.c_proj",
+    "gpt_bigcode": "transformer.h.{}.attn.c_proj",
+    "gpt_neox": "gpt_neox.layers.{}.attention.dense",
+    "mpnet": "mpnet.encoder.layer.{}.attention.attn.o",
+    "roberta": "roberta.encoder.layer.{}.attention.output.dense",
 }
 
 
@@ -65,12 +153,15 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 
 def _build(
-    kind: str, implementation: str = "sdpa", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any
+    kind: str, implementation: str | None = None, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any
 ) -> PreTrainedModel:
     model_class, config_class, settings = KINDS[kind]
+    implementation = implementation or ("sdpa" if model_class._supports_sdpa else "eager")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class._from_config(config_class(**settings | overrides), attn_implementation=implementation)
+        config = config_class(**settings | overrides)
+        config._experts_implementation = "eager"  # grouped products know no double precision
+        model = model_class._from_config(config, attn_implementation=implementation)
     model.to(dtype)
     randomise(model, seed)
     if model.can_generate():
@@ -92,12 +183,8 @@ def _batch(padding: str = "none", batch: int = 3, tokens: int = 9, seed: int = 0
 
 def _output_projection(model: PreTrainedModel, layer: int) -> nn.Module:
     """The module whose input is the concatenation of the heads' outputs, spelt out per architecture."""
-    kind = model.config.model_type
-    if kind == "gpt2":
-        return model.transformer.h[layer].attn.c_proj
-    if kind in ("bert", "roberta"):
-        return model.base_model.encoder.layer[layer].attention.output.dense
-    return model.model.layers[layer].self_attn.o_proj
+    name = OUTPUTS.get(model.config.model_type, "model.layers.{}.self_attn.o_proj")
+    return model.get_submodule(name.format(layer))
 
 
 def _mute(model: PreTrainedModel, heads: Mapping[int, Sequence[int]], head_dim: int) -> PreTrainedModel:

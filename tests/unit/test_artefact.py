@@ -80,7 +80,7 @@ def test_the_tensors_have_the_documented_names(scores: Scores, tmp_path: Path) -
     expected = {f"layers.{index}.{field}" for index in range(3) for field in (*FIELDS, "observations")}
     expected -= {"layers.1.triple_dividends", "layers.2.triple_dividends"}
     assert set(load_file(tmp_path / "scores.safetensors")) == expected
-    assert json.loads((tmp_path / "scores.json").read_text())["schema_version"] == 1
+    assert json.loads((tmp_path / "scores.json").read_text())["schema_version"] == 2
 
 
 def test_one_head_more_or_less_is_damage(scores: Scores, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "truncated": lambda folder: (folder / "scores.safetensors").write_bytes(
         (folder / "scores.safetensors").read_bytes()[:-8]
     ),
-    "other schema": rewrite(lambda facts: facts.update(schema_version=2)),
+    "other schema": rewrite(lambda facts: facts.update(schema_version=1)),
     "schema as text": rewrite(lambda facts: facts.update(schema_version="1")),
     "no schema": rewrite(lambda facts: facts.pop("schema_version")),
     "too many layers": rewrite(lambda facts: facts.update(num_layers=4)),

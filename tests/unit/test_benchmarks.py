@@ -21,7 +21,7 @@ def tables() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", "benchmarks/MODELS.md"])
 def test_tables_are_those_of_the_json(tables: ModuleType, name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert tables.BLOCK.search(text)

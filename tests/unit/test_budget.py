@@ -184,6 +184,7 @@ def test_plans_are_ready_for_json(scope, allow_empty):
         "criterion": "test",
         "ratio": 0.3,
         "scope": scope,
+        "unit": "head",
         "allow_empty": allow_empty,
         "seed": 4,
         "heads_per_layer": [3, 3],

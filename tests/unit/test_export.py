@@ -41,6 +41,8 @@ PLANS: dict[str, tuple[str, dict[int, list[int]]]] = {
     "llama, uneven groups": ("llama", {0: [1], 1: [0, 4, 5]}),
     "llama, a whole group": ("llama", {0: [0, 1, 2], 1: [0, 3]}),
     "llama, an empty layer": ("llama", {0: [0, 1, 2, 3, 4, 5], 1: [2]}),
+    "llama, as many heads everywhere": ("llama", {0: [0, 3], 1: [2, 4]}),
+    "llama, as many heads everywhere, uneven groups": ("llama", {0: [0, 1], 1: [1, 3]}),
 }
 
 
@@ -125,12 +127,104 @@ def test_weights_are_safetensors_of_the_slim_shapes(
     assert shapes.items() <= {name: tuple(value.shape) for name, value in parameters.items()}.items()
 
 
-@pytest.mark.parametrize("plan", list(PLANS))
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan != "llama, as many heads everywhere"])
 def test_stock_loaders_fail_loudly(pruned: Callable[[str], LoadedModel], tmp_path: Path, plan: str) -> None:
-    """Rather than handing out a model with fresh random weights where the slim ones did not fit."""
+    """Rather than handing out a model with fresh random weights, or with heads that read others' keys."""
     write_checkpoint(pruned(plan), {}, tmp_path / "checkpoint")
-    with pytest.raises((RuntimeError, ValueError)):
+    with pytest.raises((RuntimeError, ValueError, ZeroDivisionError)):
         AUTO[PLANS[plan][0]].from_pretrained(tmp_path / "checkpoint")
+
+
+def test_stock_loaders_open_what_their_class_can_express(
+    pruned: Callable[[str], LoadedModel], tmp_path: Path
+) -> None:
+    """Llama counts heads apart from the hidden size, so that its config alone makes the slim shapes."""
+    loaded = pruned("llama, as many heads everywhere")
+    write_checkpoint(loaded, {}, tmp_path / "checkpoint")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").eval()
+    assert torch.equal(logits(stock), logits(loaded.model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan"),
+    [
+        *((kind, {0: [0, 1], 1: [2, 3]}) for kind in ("bert", "bloom", "deepseek_v3", "falcon", "gpt2", "gpt_bigcode")),
+        *((kind, {0: [0], 1: [3]}) for kind in ("gpt2", "mistral", "mpnet", "qwen3", "gpt_oss")),
+        # As many heads in both layers, but not as many in both groups of each, and then as many.
+        *((kind, {0: [0, 1], 1: [4, 5]}) for kind in ("mistral", "cohere", "gpt_oss", "olmo2", "phi3", "qwen3_next")),
+        *((kind, {0: [0, 3], 1: [2, 5]}) for kind in ("mistral", "cohere", "gpt_oss", "olmo2", "phi3", "qwen3_next")),
+    ],
+    ids=str,
+)
+def test_what_stock_code_makes_of_a_checkpoint_is_right_or_nothing(
+    build: Callable[..., PreTrainedModel], tmp_path: Path, kind: str, plan: dict[int, list[int]]
+) -> None:
+    """Where all layers have as many heads, a config may look like that of a dense model. It must not mislead."""
+    model = prune_heads(build(kind, dtype=torch.float32), plan)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(3, 37, (2, 9), generator=torch.Generator().manual_seed(3))
+    try:
+        stock = type(model).from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            found = stock(input_ids=ids).logits
+    except (RuntimeError, ValueError):  # loud enough
+        return
+    with torch.no_grad():
+        assert torch.allclose(found, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+LAYOUTS: dict[str, dict[int, list[int]]] = {
+    "albert": {0: [1, 2]},
+    "bloom": {0: [0], 1: [1, 2]},
+    "codegen": {0: [0, 3, 4, 7]},
+    "cohere": {0: [1, 4], 1: [3, 4, 5]},
+    "deepseek_v3": {0: [1], 1: [0, 1, 3]},
+    "falcon": {0: [0], 1: [1, 2]},
+    "falcon-groups": {0: [0, 4], 1: [3, 4, 5]},
+    "gpt_bigcode": {0: [0], 1: [1, 2]},
+    "gpt_bigcode-heads": {0: [0], 1: [1, 2]},
+    "gpt_neox": {0: [3], 1: [2]},
+    "gpt_oss": {0: [1, 4], 1: [0, 1, 2]},
+    "mpnet": {0: [0], 1: [0, 1, 2, 3]},
+    "olmo2": {0: [0, 3], 1: [5]},
+    "phi3": {0: [0, 1, 2], 1: [3, 4, 5]},
+    "qwen3_next": {0: [0], 1: [0, 1, 2]},
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_other_layouts_are_reopened_as_they_were(
+    build: Callable[..., PreTrainedModel], tmp_path: Path, kind: str
+) -> None:
+    """What a model is called with, and what modules return, may be cut too; the config tells how to do so again."""
+    model = prune_heads(build(kind, dtype=torch.float32), LAYOUTS[kind], allow_empty=True)
+    model.save_pretrained(tmp_path)
+    again = compressor.load(tmp_path)
+    assert type(again) is type(model)
+    state, expected = again.state_dict(), model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    ids = torch.randint(3, 37, (2, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        found, wanted = again(input_ids=ids).logits, model(input_ids=ids).logits
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)  # experts may be multiplied in another order
+    assert attention_layers(again) == attention_layers(model)
+    said, told = again.config.to_dict(), model.config.to_dict()
+    numbers = [name for name in told if "head" in name or name.startswith(("pruned", "dense", "per_layer"))]
+    assert {name: said[name] for name in numbers} == {name: told[name] for name in numbers}
+
+
+def test_a_reopened_model_can_be_pruned_and_saved_again(build: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    model = build("gpt_oss", dtype=torch.float32)
+    for step, plan in enumerate([{0: [1]}, {0: [3], 1: [0, 1, 2]}, {1: [2]}]):
+        prune_heads(model, plan)
+        model.save_pretrained(tmp_path / str(step))
+        model = compressor.load(tmp_path / str(step))
+    once = prune_heads(build("gpt_oss", dtype=torch.float32), {0: [1, 4], 1: [0, 1, 2, 5]})
+    state, expected = model.state_dict(), once.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert attention_layers(model) == attention_layers(once)
+    assert model.config.pruned_heads == once.config.pruned_heads == {"0": [1, 4], "1": [0, 1, 2, 5]}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])

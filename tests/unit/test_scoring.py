@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import AttentionInterface
 
 from compressor.attention import AttentionProbe, attention_layers, prune_heads
-from compressor.attention import probe as probing
 from compressor.callbacks import HeadScoring, scoring
 from compressor.callbacks.scoring import FirstKeyMass
 from compressor.criteria import criteria
@@ -22,7 +22,7 @@ from compressor.trainer import run_scoring
 from compressor.types import Scores
 
 CPU = torch.device("cpu")
-TASK = {"gpt2": "causal", "llama": "causal", "bert": "masked", "roberta": "masked"}
+MASKED = ("albert", "bert", "mpnet", "roberta")
 
 
 class Batches(L.LightningDataModule):
@@ -40,9 +40,9 @@ class Batches(L.LightningDataModule):
 def score():
     """Score a model over batches: → one LayerScores per layer."""
 
-    def run(model, batches, *, alphabet: int = 16, device: torch.device = CPU, task: str | None = None, **settings):
-        callback = HeadScoring(attention_layers(model), alphabet, **settings)
-        module = LanguageModel(model, task or TASK[model.config.model_type])
+    def run(model, batches, *, alphabet: int = 16, device: torch.device = CPU, layers=None, **settings):
+        callback = HeadScoring(layers or attention_layers(model), alphabet, **settings)
+        module = LanguageModel(model, "masked" if model.config.model_type in MASKED else "causal")
         run_scoring(module, Batches(*batches), callback, device)
         return callback.layers_scored
 
@@ -191,9 +191,10 @@ def test_batches_and_their_order_mean_nothing(build, make_batch, score):
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
 def test_the_language_model_head_is_never_called(build, batches, score, kind):
     model, calls = build(kind, dtype=torch.float32), []
+    layers = attention_layers(model)
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda *_: calls.append(1))
-    score(model, batches)
+    score(model, batches, layers=layers)
     assert not calls
     model(**batches[0])
     assert calls  # the hook works
@@ -202,7 +203,10 @@ def test_the_language_model_head_is_never_called(build, batches, score, kind):
 def snapshot(model):
     return (
         model.config._attn_implementation,
-        [(name, len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()],
+        [
+            (name, set(vars(module)) - {"_indices"}, len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in model.named_modules()
+        ],
         {name: tensor.clone() for name, tensor in model.state_dict().items()},
     )
 
@@ -211,7 +215,6 @@ def assert_unchanged(model, before):
     implementation, hooks, weights = snapshot(model)
     assert (implementation, hooks) == before[:2]
     assert all(torch.equal(weights[name], tensor) for name, tensor in before[2].items())
-    assert not len(probing._ACTIVE)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
@@ -378,16 +381,60 @@ def test_nothing_to_score_is_said_in_one_line(build, score, monkeypatch, storage
     assert "\n" not in str(caught.value)
 
 
-def test_models_that_bypass_the_interface_are_scored_alike(build, batches, score, monkeypatch):
-    model = build("gpt2", implementation="eager", dtype=torch.float32)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_models_that_bypass_the_interface_are_scored_alike(build, batches, score, monkeypatch, implementation):
+    model = build("gpt2", implementation=implementation, dtype=torch.float32)
     expected = score(model, batches)
-    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    monkeypatch.setattr(AttentionInterface, "get_interface", AttentionInterface.get_interface.__wrapped__)
     found = score(model, batches)
     assert AttentionProbe(model, attention_layers(model)).fallback
     for left, right in zip(expected, found, strict=True):
         assert torch.equal(left.phi, right.phi)
         assert torch.allclose(left.first_key_mass, right.first_key_mass)
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpnet", "deepseek_v3", "gpt_bigcode"])
+@pytest.mark.parametrize("symbol", ["key", "offset", "sequence"])
+def test_other_layouts_are_scored_by_what_transformers_hands_out(build, batches, score, eager_attentions, kind, symbol):
+    """Two of them attend by themselves, one has latent keys, one a single key for all heads."""
+    model = build(kind, dtype=torch.float32)
+    with eager_attentions(model) as attentions, torch.no_grad():
+        expected = observed(attentions, batches, symbol)
+    for layer, (symbols, mass) in zip(score(model, batches, symbol=symbol), expected, strict=True):
+        flat = symbols.reshape(len(symbols), symbols.shape[1], -1)
+        assert layer.observations == len(symbols)
+        assert layer.entropy.tolist() == pytest.approx([entropy(flat[:, head]) for head in range(4)], abs=1e-12)
+        assert layer.first_key_mass.tolist() == pytest.approx(mass.tolist(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("storage", ["dense", "table"])
+def test_every_use_of_a_shared_layer_is_observed(build, batches, score, eager_attentions, monkeypatch, storage):
+    """ALBERT applies one layer several times: each token is as many observations of the same heads."""
+    model = build("albert", dtype=torch.float32, num_hidden_layers=3)
+    with eager_attentions(model) as attentions, torch.no_grad():
+        uses = observed(attentions, batches, "key")
+    symbols = np.concatenate([part for part, _ in uses])
+    monkeypatch.setattr(scoring, "free_memory", lambda device: 2**40 if storage == "dense" else 0)
+    (layer,) = score(model, batches)
+    assert layer.observations == len(symbols) == 3 * sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert layer.entropy.tolist() == pytest.approx([entropy(symbols[:, head]) for head in range(4)], abs=1e-12)
+    assert layer.pair_dividends[0, 1].item() == pytest.approx(
+        entropy(symbols[:, [0]]) + entropy(symbols[:, [1]]) - entropy(symbols[:, [0, 1]]), abs=1e-11
+    )
+    mass = np.mean([part for _, part in uses], axis=0)
+    assert layer.first_key_mass.tolist() == pytest.approx(mass.tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_the_uses_of_a_shared_layer_make_one_tuple(build, batches, score, eager_attentions):
+    """With `sequence` symbols a document stays one observation, of all that a head attends to in it."""
+    model = build("albert", dtype=torch.float32, num_hidden_layers=2)
+    with eager_attentions(model) as attentions, torch.no_grad():
+        uses = observed(attentions, batches, "sequence")
+    symbols = np.concatenate([part for part, _ in uses], axis=-1)
+    (layer,) = score(model, batches, symbol="sequence")
+    assert layer.observations == len(symbols)
+    assert layer.entropy.tolist() == pytest.approx([entropy(symbols[:, head]) for head in range(4)], abs=1e-12)
 
 
 @pytest.mark.parametrize("triple_layers", [[2], [0, -1], [99]])

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -23,10 +24,21 @@ KINDS = pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "llama", "mi
 PADDINGS = pytest.mark.parametrize("padding", ["none", "right", "left"])
 
 
-def watch(model, batch) -> dict[int, probing.Attended]:
+def watch_uses(model, batch) -> dict[int, list[probing.Attended]]:
+    """What every layer attends to, each time it is applied."""
     with AttentionProbe(model, attention_layers(model)) as probe, torch.no_grad():
         model(**batch)
         return probe.take()
+
+
+def watch(model, batch) -> dict[int, probing.Attended]:
+    """What every layer attends to, in a model that applies each once."""
+    return only(watch_uses(model, batch))
+
+
+def only(observed: dict[int, list[probing.Attended]]) -> dict[int, probing.Attended]:
+    assert {len(uses) for uses in observed.values()} <= {1}
+    return {index: uses[0] for index, uses in observed.items()}
 
 
 def real(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -54,12 +66,61 @@ def test_symbols_and_first_key_mass_equal_eager_attention(
     observed = watch(model, batch)
     assert sorted(observed) == [0, 1]
     for index, weights in enumerate(expected):
-        found = observed[index]
-        assert found.key.dtype == torch.int64
-        assert torch.equal(real(found.key, mask), real(weights.argmax(-1), mask))
-        first = real(column_of_first(weights, mask), mask)
-        assert torch.allclose(real(found.first, mask), first, rtol=1e-4, atol=1e-6)
-        assert len(real(found.key, mask).unique()) > 2  # these heads do look around
+        assert_seen(observed[index], weights, mask)
+
+
+def assert_seen(found: probing.Attended, weights: torch.Tensor, mask: torch.Tensor) -> None:
+    """What was observed follows from attention matrices [batch, heads, queries, keys]."""
+    assert found.key.dtype == torch.int64
+    assert torch.equal(real(found.key, mask), real(weights.argmax(-1), mask))
+    first = real(column_of_first(weights, mask), mask)
+    assert torch.allclose(real(found.first, mask), first, rtol=1e-4, atol=1e-6)
+    assert len(real(found.key, mask).unique()) > 2  # these heads do look around
+
+
+@PADDINGS
+def test_a_layer_that_is_applied_several_times_is_seen_as_often(build, make_batch, eager_attentions, padding):
+    """ALBERT has one layer, and transformers hands out a matrix for each of its uses."""
+    model, batch = build("albert", dtype=torch.float32, num_hidden_layers=3), make_batch(padding)
+    with eager_attentions(model) as attentions, torch.no_grad():
+        expected = attentions(**batch)
+    observed = watch_uses(model, batch)
+    assert sorted(observed) == [0]
+    for found, weights in zip(observed[0], expected, strict=True):
+        assert_seen(found, weights, batch["attention_mask"])
+    assert not torch.equal(observed[0][0].key, observed[0][1].key)
+
+
+@PADDINGS
+@pytest.mark.parametrize("kind", ["bloom", "mpnet", "falcon", "falcon-groups", "codegen"])
+def test_models_that_attend_by_themselves_are_watched_as_they_are(build, make_batch, eager_attentions, kind, padding):
+    """Their softmax is read, or what they give to fused attention; the attention they use is not changed."""
+    model, batch = build(kind, dtype=torch.float32), make_batch(padding)
+    before = model.config._attn_implementation
+    assert AttentionProbe(model, attention_layers(model)).fallback
+    observed = watch(model, batch)
+    assert model.config._attn_implementation == before
+    if before != "eager":  # Falcon has other modules there
+        eager = build(kind, "eager", torch.float32)
+        eager.load_state_dict(model.state_dict())
+        model = eager
+    with torch.no_grad():
+        expected = model(**batch, output_attentions=True).attentions
+    assert sorted(observed) == [0, 1]
+    for index, weights in enumerate(expected):
+        assert_seen(observed[index], weights, batch["attention_mask"])
+
+
+@PADDINGS
+def test_fused_layouts_are_watched(build, make_batch, eager_attentions, padding):
+    """Multi-query, interleaved and latent attention through the interface."""
+    for kind in ("gpt_bigcode", "gpt_neox", "phi3", "deepseek_v3"):
+        model, batch = build(kind, dtype=torch.float32), make_batch(padding)
+        with eager_attentions(model) as attentions, torch.no_grad():
+            expected = attentions(**batch)
+        assert not AttentionProbe(model, attention_layers(model)).fallback
+        for index, found in watch(model, batch).items():
+            assert_seen(found, expected[index], batch["attention_mask"])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
@@ -113,7 +174,7 @@ def test_an_implementation_with_masks_of_its_own_form_can_be_watched(build, make
         logits = model(**batch).logits[mask]
         with AttentionProbe(model, attention_layers(model)) as probe:
             assert torch.allclose(model(**batch).logits[mask], logits, rtol=1e-4, atol=1e-5)
-            observed = probe.take()
+            observed = only(probe.take())
     for index in expected:
         assert torch.equal(real(observed[index].key, mask), real(expected[index].key, mask))
     assert model.config._attn_implementation == flash_like
@@ -129,8 +190,7 @@ def test_the_output_under_the_probe_is_the_output_without(build, make_batch, kin
         expected = model(**batch).logits[mask]
         with AttentionProbe(model, attention_layers(model)):
             actual = model(**batch).logits[mask]
-    tolerance = 0 if implementation == "sdpa" else 1e-4
-    assert float((actual - expected).abs().max()) <= tolerance
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -142,7 +202,7 @@ def test_uneven_models_compute_the_same_under_the_probe(build, make_batch, imple
         expected = model(**batch).logits[mask]
         with AttentionProbe(model, attention_layers(model)):
             actual = model(**batch).logits[mask]
-    assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(actual, expected)
 
 
 @PADDINGS
@@ -170,7 +230,7 @@ def test_capped_scores_are_watched_as_they_are(make_batch, padding):
         expected = model(**batch, output_attentions=True)
         with AttentionProbe(model, attention_layers(model)) as probe:
             assert torch.allclose(model(**batch).logits[mask.bool()], expected.logits[mask.bool()], atol=1e-5)
-            observed = probe.take()
+            observed = only(probe.take())
     for index, weights in enumerate(expected.attentions):
         first = real(column_of_first(weights, mask), mask)
         assert torch.allclose(real(observed[index].first, mask), first, rtol=1e-4, atol=1e-6)
@@ -335,10 +395,11 @@ def test_a_model_of_relative_positions_sees_the_same_symbols_wherever_the_paddin
 
 
 def state(model) -> tuple:
-    hooks = [
-        (name, len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
+    modules = [
+        (name, set(vars(module)) - {"_indices"}, len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
     ]
-    return hooks, model.config._attn_implementation, model.config.output_attentions, model.config.to_dict()
+    return modules, model.config._attn_implementation, model.config.output_attentions, model.config.to_dict()
 
 
 @pytest.fixture(params=[False, True], ids=["interface", "fallback"])
@@ -347,8 +408,13 @@ def prepared(request, build, monkeypatch):
     model = build("gpt2", implementation="eager", dtype=torch.float32)
     model(torch.ones(1, 2, dtype=torch.long), output_attentions=True)  # transformers' own hooks stay once installed
     if request.param:
-        monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+        bypass(monkeypatch)
     return model
+
+
+def bypass(monkeypatch) -> None:
+    """Give models the attention functions of transformers as they are, as if they never asked for them."""
+    monkeypatch.setattr(AttentionInterface, "get_interface", AttentionInterface.get_interface.__wrapped__)
 
 
 def test_everything_is_restored_after_the_block(prepared, make_batch):
@@ -362,7 +428,6 @@ def test_everything_is_restored_after_the_block(prepared, make_batch):
             probe.take()
         assert torch.equal(model(**batch).logits, expected)
     assert state(model) == before
-    assert not len(probing._ACTIVE)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -378,27 +443,23 @@ def test_everything_is_restored_after_an_exception(prepared, make_batch, error):
     with pytest.raises(error, match="in between"):
         interrupted()
     assert state(model) == before
-    assert not len(probing._ACTIVE)
 
 
 def test_everything_is_restored_when_attaching_fails(prepared, monkeypatch):
     model = prepared
-    before = state(model)
+    layers = attention_layers(model)
 
     def fail(*_args, **_kwargs):
         raise RuntimeError("no hooks today")
 
-    last = attention_layers(model)[-1]
-    if AttentionProbe(model, [last]).fallback:
-        monkeypatch.setattr(model.get_submodule(last.name), "register_forward_hook", fail)
+    if AttentionProbe(model, layers).fallback:
+        monkeypatch.setattr(model.get_submodule(layers[-1].name), "register_forward_hook", fail)
     else:
-        monkeypatch.setattr(
-            model, "set_attn_implementation", lambda name: fail() if name.startswith(probing.PROBE) else None
-        )
+        monkeypatch.setattr(model.base_model, "register_forward_pre_hook", fail)
+    before = state(model)
     with pytest.raises(RuntimeError, match="no hooks today"):
-        AttentionProbe(model, attention_layers(model)).__enter__()
+        AttentionProbe(model, layers).__enter__()
     assert state(model) == before
-    assert not len(probing._ACTIVE)
 
 
 def test_a_probe_can_be_entered_again_and_does_not_keep_the_model_alive(build, make_batch):
@@ -409,11 +470,24 @@ def test_a_probe_can_be_entered_again_and_does_not_keep_the_model_alive(build, m
             model(**batch)
             assert sorted(probe.take()) == [0, 1]
     assert probe.observed == {}
-    with AttentionProbe(model, attention_layers(model)):
-        assert len(probing._ACTIVE) == 2
+    gone = weakref.ref(model)
     del probe, model
     gc.collect()
-    assert not len(probing._ACTIVE)
+    assert gone() is None
+
+
+def test_two_probes_at_a_time_are_refused(build, make_batch):
+    """The second would see nothing, or the first no more."""
+    model = build("llama")
+    layers = attention_layers(model)
+    with AttentionProbe(model, layers) as probe, torch.no_grad():
+        before = state(model)
+        with pytest.raises(ModelError, match="watched already") as caught:
+            AttentionProbe(model, layers).__enter__()
+        assert "\n" not in str(caught.value)
+        assert state(model) == before
+        model(**make_batch())
+        assert sorted(probe.take()) == [0, 1]
 
 
 def test_take_empties_and_names_the_layer_that_was_not_seen(build, make_batch):
@@ -427,6 +501,20 @@ def test_take_empties_and_names_the_layer_that_was_not_seen(build, make_batch):
             probe.take()
 
 
+@pytest.mark.parametrize("kind", ["llama", "albert", "bloom"])
+def test_take_hands_over_the_last_forward_pass(build, make_batch, kind):
+    model, batches = build(kind, dtype=torch.float32), [make_batch(batch=2), make_batch(batch=3, seed=1)]
+    expected = watch_uses(model, batches[1])
+    with AttentionProbe(model, attention_layers(model)) as probe, torch.no_grad():
+        for batch in batches:
+            model(**batch)
+        found = probe.take()
+    assert found.keys() == expected.keys()
+    for index, uses in expected.items():
+        for left, right in zip(found[index], uses, strict=True):
+            assert torch.equal(left.key, right.key)
+
+
 def test_another_model_of_the_class_is_not_observed(build, make_batch):
     watched, other = build("gpt2"), build("gpt2", seed=1)
     with AttentionProbe(watched, attention_layers(watched)) as probe, torch.no_grad():
@@ -434,27 +522,37 @@ def test_another_model_of_the_class_is_not_observed(build, make_batch):
         assert probe.observed == {}
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "llama"])
-@PADDINGS
-def test_the_fallback_sees_the_same(build, make_batch, monkeypatch, kind, padding):
-    model, batch = build(kind, implementation="eager", dtype=torch.float32), make_batch(padding)
-    mask = batch["attention_mask"]
-    expected = watch(model, batch)
-    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "llama", "albert"])
+def test_the_fallback_sees_the_same(build, make_batch, monkeypatch, kind, implementation):
+    model = build(kind, implementation=implementation, dtype=torch.float32)
+    batches = [make_batch(padding) for padding in ("none", "right", "left")]
+    expected = [watch_uses(model, batch) for batch in batches]
+    bypass(monkeypatch)
     assert AttentionProbe(model, attention_layers(model)).fallback
-    found = watch(model, batch)
-    for index in expected:
-        assert torch.equal(real(found[index].key, mask), real(expected[index].key, mask))
-        assert torch.allclose(real(found[index].first, mask), real(expected[index].first, mask), atol=1e-5)
+    for batch, seen in zip(batches, expected, strict=True):
+        found, mask = watch_uses(model, batch), batch["attention_mask"]
+        assert found.keys() == seen.keys()
+        for index, uses in seen.items():
+            for left, right in zip(found[index], uses, strict=True):
+                assert torch.equal(real(left.key, mask), real(right.key, mask))
+                assert torch.allclose(real(left.first, mask), real(right.first, mask), atol=1e-5)
 
 
-def test_a_fallback_without_attention_matrices_says_so(build, make_batch, monkeypatch):
-    """An sdpa model that bypasses the interface gives no matrices: better an error than no counts."""
-    model = build("gpt2")
-    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
-    with pytest.raises(ModelError, match="eager"), AttentionProbe(model, attention_layers(model)):
-        pass
-    assert model.config._attn_implementation == "sdpa"
+def test_the_fallback_leaves_the_output_alone(build, make_batch, monkeypatch):
+    bypass(monkeypatch)
+    for kind in ("gpt2", "bert", "bloom", "falcon", "mpnet"):
+        model, batch = build(kind, dtype=torch.float32), make_batch("right")
+        with torch.no_grad():
+            expected = model(**batch).logits
+            with AttentionProbe(model, attention_layers(model)):
+                assert torch.equal(model(**batch).logits, expected)
+
+
+def test_a_router_is_not_taken_for_attention(build, make_batch):
+    """GPT-OSS chooses its experts by a softmax too."""
+    model, batch = build("gpt_oss", dtype=torch.float32), make_batch()
+    assert {index: found.key.shape for index, found in watch(model, batch).items()} == dict.fromkeys((0, 1), (3, 6, 9))
 
 
 @pytest.mark.parametrize("backbone", [False, True])
@@ -466,7 +564,7 @@ def test_a_mask_given_by_position_is_remembered(build, make_batch, backbone):
     called = model.base_model if backbone else model
     with AttentionProbe(model, attention_layers(model)) as probe, torch.no_grad():
         called(batch["input_ids"], mask)
-        found = probe.take()
+        found = only(probe.take())
     for index in expected:
         assert torch.equal(real(found[index].first, mask), real(expected[index].first, mask))
 

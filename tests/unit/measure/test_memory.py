@@ -135,5 +135,5 @@ def test_cache_bytes_are_those_of_a_real_cache() -> None:
     held = sum(
         tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values)
     )
-    assert kv_cache_bytes_per_token([(2, 8)] * 3, torch.bfloat16) * 2 * 5 == held
-    assert kv_cache_bytes_per_token([(12, 64), (3, 64)], torch.float32) == 2 * 15 * 64 * 4
+    assert kv_cache_bytes_per_token([2 * 2 * 8] * 3, torch.bfloat16) * 2 * 5 == held
+    assert kv_cache_bytes_per_token([2 * 12 * 64, 2 * 3 * 64], torch.float32) == 2 * 15 * 64 * 4

@@ -1,0 +1,230 @@
+"""What a pruned model's config says: the truth about its heads, what was removed, and how to build the same shapes.
+
+`pruned_heads` lists the heads that ever left, by layer, in the dense model's numbering. `pruned_modules` describes
+every module that is not as the stock class builds it. `dense_config` keeps the values that the stock class needs, for
+the config's own fields (`num_attention_heads`, `num_key_value_heads`, `head_dim`, `per_layer_config`) speak of the
+model as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from compressor.attention.nouns import AttentionLayer
+from compressor.attention.slim import Description, Editor, config_value
+from compressor.errors import ModelError
+
+_SLIM: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
+_OWN = ("pruned_heads", "pruned_modules", "dense_config")
+
+
+def removed_heads(model: PreTrainedModel) -> dict[int, tuple[int, ...]]:
+    """Heads that a model has lost, by layer, in the numbering of the dense model it came from."""
+    record = getattr(model.config, "pruned_heads", None) or {}
+    return {int(index): tuple(removed) for index, removed in record.items()}
+
+
+def surviving_heads(num_heads: int, removed: Sequence[int]) -> list[int]:
+    """Original numbers of the `num_heads` heads that a layer still has after it lost those in `removed`."""
+    gone = set(removed)
+    return [head for head in range(num_heads + len(gone)) if head not in gone]
+
+
+def remember(
+    model: PreTrainedModel,
+    heads: Mapping[int, Sequence[int]],
+    changes: Description,
+    left: Sequence[tuple[AttentionLayer, int, int]],
+) -> None:
+    """Write into a model's config what was done to it.
+
+    Args:
+        model: the model, changed already.
+        heads: all heads it ever lost.
+        changes: what was just done to its modules.
+        left: its layers as they were, with the numbers of heads and of key/value heads they have now.
+    """
+    config = model.config
+    modules: Description = dict(getattr(config, "pruned_modules", None) or {})
+    for name, change in changes.items():
+        before = {} if "empty" in change else modules.get(name, {})
+        shapes = before.get("shapes", {}) | change.get("shapes", {})
+        modules[name] = before | change | ({"shapes": shapes} if shapes else {})
+    emptied = [name for name, change in modules.items() if "empty" in change]
+    outputs = {f"{name}.{modules[name]['empty']['output_name']}" for name in emptied}
+    config.pruned_heads = {str(index): list(removed) for index, removed in sorted(heads.items())}
+    config.pruned_modules = {
+        name: change
+        for name, change in modules.items()
+        if name in outputs or not any(name.startswith(f"{gone}.") for gone in emptied)
+    }
+    dense: dict[str, dict[str, Any]] = dict(getattr(config, "dense_config", None) or {})
+    for path, part in _parts(model).items():
+        mine = [entry for entry in left if _owner(model, entry[0].name) is part]
+        if mine:
+            stock = not any(_beyond_stock(change) for change in modules.values())
+            truth = _truth(model, part, mine, dense.get(path, {}), stock=stock)
+            dense[path] = {name: _get(part, name) for name in truth} | dense.get(path, {})
+            _tell(part, truth)
+    config.dense_config = dense
+    _tell(config, {})
+
+
+def dense_config(stored: dict[str, Any]) -> dict[str, Any]:
+    """The config of the dense model, as a dictionary, from that of a pruned one.
+
+    Raises:
+        ModelError: the record of what was removed is incomplete.
+    """
+    if missing := [name for name in _OWN if not stored.get(name)]:
+        raise ModelError(f"the config has heads removed but no {missing[0]}; it was not written by this package")
+    dense = {name: value for name, value in copy.deepcopy(stored).items() if name not in _OWN}
+    for path, values in stored["dense_config"].items():
+        part = dense[path] if path else dense
+        part.update(values)
+        for name in [name for name in values if values[name] is None]:
+            del part[name]
+    return dense
+
+
+def rebuild(model: PreTrainedModel, stored: dict[str, Any]) -> None:
+    """Give a dense model, fresh from its class, the shapes of a pruned one. The values are still to be loaded."""
+    Editor(model.get_submodule, model.set_submodule).repeat(stored["pruned_modules"])
+
+
+def tell_stored(model: PreTrainedModel, stored: dict[str, Any]) -> None:
+    """Let the config of a rebuilt model say again what the config of the pruned one said."""
+    for path, values in stored["dense_config"].items():
+        told = stored[path] if path else stored
+        _tell(getattr(model.config, path) if path else model.config, {name: told.get(name) for name in values})
+    for name in _OWN:
+        setattr(model.config, name, stored[name])
+    _tell(model.config, {})
+
+
+def _parts(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
+    """A model's config and those inside it, by name."""
+    inside = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    return {"": model.config} | {name: part for name, part in inside.items() if isinstance(part, PreTrainedConfig)}
+
+
+def _owner(model: PreTrainedModel, name: str) -> PreTrainedConfig:
+    """The config of the innermost model that holds a module."""
+    while name:
+        name = name.rpartition(".")[0]
+        part = model.get_submodule(name)
+        if isinstance(part, PreTrainedModel):
+            return part.config
+    return model.config
+
+
+def _get(config: PreTrainedConfig, name: str) -> Any:
+    """A value of a config, None where it has none; also one that differs between layers."""
+    if name == "per_layer_config":
+        return config.to_dict().get(name)
+    return config_value(config, name)
+
+
+def _fields(config: PreTrainedConfig, layer: str) -> tuple[str, str]:
+    """Names under which a config counts the heads and the key/value heads of a layer."""
+    side = next((part for part in layer.split(".") if part in ("encoder", "decoder")), "")
+    sided = (f"{side}_attention_heads", f"num_{side}_attention_heads")
+    heads = next((name for name in sided if side and _get(config, name) is not None), "num_attention_heads")
+    names = config.attribute_map
+    return names.get(heads, heads), names.get("num_key_value_heads", "num_key_value_heads")
+
+
+def _beyond_stock(change: Mapping[str, Any]) -> bool:
+    """Whether a module does what its stock class would not do if it were built with fewer heads."""
+    return any(change.get(name) for name in ("key_value_index", "kept_outputs", "kept_arguments"))
+
+
+def _truth(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    left: Sequence[tuple[AttentionLayer, int, int]],
+    dense: Mapping[str, Any],
+    *,
+    stock: bool,
+) -> dict[str, Any]:
+    """What the fields of a config should say: one value where all layers agree, else a value for each layer.
+
+    Where stock code would build another model from one value, every layer gets its own, which it refuses to read; and
+    where layers have no numbers, the dense model's value stays, whose shapes do not fit.
+    """
+    numbers: dict[str, dict[int, int]] = {}  # by field and place in `left`
+    for place, (layer, heads, keys) in enumerate(left):
+        maps = max(map(len, layer.maps), default=1)
+        for name, number in zip(_fields(config, layer.name), (heads * maps, keys), strict=True):
+            if _get(config, name) is not None:
+                numbers.setdefault(name, {})[place] = number
+    truth: dict[str, Any] = {}
+    widths = {layer.head_dim for layer, _, _ in left}
+    if _get(config, "head_dim") is None and not hasattr(type(config), "head_dim") and len(widths) == 1:
+        truth["head_dim"] = widths.pop()
+    places = _layer_numbers(model, config, [layer.name for layer, _, _ in left])
+    known = _get(config, "per_layer_config") or {}
+    overrides = {int(number): {k: v for k, v in own.items() if k not in numbers} for number, own in known.items()}
+    for name, found in numbers.items():
+        truth[name] = dense.get(name, _get(config, name))
+        if len(set(found.values())) == 1 and stock:
+            truth[name] = next(iter(found.values()))
+        elif places is not None:
+            for place, number in found.items():
+                overrides.setdefault(places[place], {})[name] = number
+    overrides = {number: own for number, own in overrides.items() if own}
+    if overrides or known:
+        truth["per_layer_config"] = overrides
+    return truth
+
+
+def _layer_numbers(model: PreTrainedModel, config: PreTrainedConfig, names: Sequence[str]) -> list[int] | None:
+    """The number that a config gives to each attention layer, None where it does not number them."""
+    told = [getattr(model.get_submodule(name), "layer_idx", None) for name in names]
+    total = _get(config, "num_hidden_layers") or 0
+    numbers = told if None not in told else list(range(len(names))) if len(names) == total else []
+    if len(set(numbers)) != len(names) or not all(isinstance(n, int) and 0 <= n < total for n in numbers):
+        return None
+    return numbers  # type: ignore[return-value]
+
+
+def _tell(config: PreTrainedConfig, truth: Mapping[str, Any]) -> None:
+    """Write values into a config; where its class has objections to slim shapes, they are overruled."""
+    if "per_layer_config" in truth or truth:
+        config.per_layer_config = None
+    for name, value in truth.items():
+        if name != "per_layer_config":
+            setattr(config, name, value)
+    if overrides := truth.get("per_layer_config"):
+        config.per_layer_config = overrides
+    try:
+        config.validate()
+    except Exception:  # Llama's, for one, insists that the number of heads divides the hidden size
+        if not isinstance(config, _Slim):
+            config.__class__ = _slim(type(config))
+
+
+class _Slim:
+    """A config whose class would not have its numbers of heads."""
+
+    def validate(self) -> None:
+        """Accept them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revive, (type(self).__mro__[2], vars(self).copy())
+
+
+def _slim(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    if stock not in _SLIM:
+        _SLIM[stock] = type(stock.__name__, (_Slim, stock), {"__module__": stock.__module__})
+    return _SLIM[stock]
+
+
+def _revive(stock: type[PreTrainedConfig], state: dict[str, Any]) -> PreTrainedConfig:
+    config = stock.__new__(_slim(stock))
+    config.__dict__.update(state)
+    return config

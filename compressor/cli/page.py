@@ -1,0 +1,31 @@
+"""How things look on stdout: tables, lines and JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from compressor.files import to_json
+
+
+def new_table(*columns: str) -> Table:
+    """A plain table; all columns but the first hold numbers."""
+    made = Table(*columns, box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in made.columns:
+        column.no_wrap = True
+    for column in made.columns[1:]:
+        column.justify = "right"
+    return made
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is; paths and commands must survive being copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON document."""
+    print(to_json(document), end="")
