@@ -237,7 +237,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attention_head_dim": 16,
     },
     "zamba2": {"adapter_rank": 7},
-    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"], "sliding_window": 4},
+    # Half of the value heads come from each of two projections, and only whole groups can leave.
+    "zaya": {
+        "num_experts_per_tok": 1,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "layer_types": ["hybrid", "hybrid_sliding"],
+        "sliding_window": 4,
+    },
 }
 # Further attention layouts, by model type and name.
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {

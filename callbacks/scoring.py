@@ -13,7 +13,7 @@ from compressor.attention.layout import output_norms
 from compressor.attention.nouns import AttentionLayer
 from compressor.attention.probe import SYMBOLS, Attended, AttentionProbe, sequence_symbols, token_symbols
 from compressor.console import log
-from compressor.errors import DataError, RecipeError
+from compressor.errors import DataError, ModelError, RecipeError
 from compressor.game.counts import PairHistogram, SymbolTable, TupleTable
 from compressor.game.dividends import pair_dividends_from, triple_dividends_from
 from compressor.game.entropy import triple_entropies
@@ -169,6 +169,13 @@ class HeadScoring(L.Callback):
 
     def _count(self, counts: LayerCounts, uses: list[Attended], mask: torch.Tensor, places: torch.Tensor) -> None:
         """Count one batch; a layer that is applied several times is observed as often."""
+        tokens = mask.shape[1]
+        for attended in uses:
+            if (attended.key.shape[-1], attended.keys) != (tokens, tokens):
+                raise ModelError(
+                    f"a layer attends from {attended.key.shape[-1]} queries to {attended.keys} keys where the text has "
+                    f"{tokens} tokens: its queries or keys are not the tokens, and cannot be scored"
+                )
         for attended in uses:
             counts.first.update(attended.first, mask)
         if isinstance(counts.symbols, TupleTable):

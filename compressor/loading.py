@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -132,7 +133,7 @@ def choose_task(config: PreTrainedConfig, task: str | None, name: str) -> Task:
         ModelError: the model is neither a causal nor a masked language model, or not of the task asked for.
     """
     kind = config.model_type
-    able = [candidate for candidate in get_args(Task) if kind in _NAMES[candidate]]
+    able = [task for task in get_args(Task) if kind in _NAMES[task] or _named_class(config, task)]
     able += [candidate for candidate in get_args(Task) if f"AutoModelFor{candidate.title()}LM" in _auto_map(config)]
     if "masked" in able and "causal" in able and not getattr(config, "is_decoder", False):
         # An encoder with a causal head attached would see the future and report perplexities too good to be true.
@@ -242,10 +243,12 @@ def _weights(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    loader: Any = _AUTO[task]
-    stock = None
+    known = type(config) in _CLASSES[task]
+    stock = cast(type[PreTrainedModel], _CLASSES[task][type(config)]) if known else _named_class(config, task)
+    # Text models of larger ones are in no table of transformers; their configs name their classes all the same.
+    loader: Any = _AUTO[task] if known or stock is None else stock
     if pruned is not None:
-        stock = cast(type[PreTrainedModel], _CLASSES[task][type(config)])
+        assert stock is not None
         loader = _pruned_class(stock, pruned)
     try:
         model, report = loader.from_pretrained(
@@ -255,7 +258,7 @@ def _weights(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            **({} if stock else {"trust_remote_code": trust_remote_code}),
+            **({"trust_remote_code": trust_remote_code} if loader is _AUTO[task] else {}),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(name, source, error)) from error
@@ -269,6 +272,12 @@ def _weights(
         model.__class__ = stock
         tell_stored(model, pruned)
     return cast(PreTrainedModel, model)
+
+
+def _named_class(config: PreTrainedConfig, task: Task) -> type[PreTrainedModel] | None:
+    """The class that a config names as its own, if it is one of transformers' for the task."""
+    names = [name for name in config.architectures or () if name in _NAMES[task].values()]
+    return cast(type[PreTrainedModel], getattr(transformers, names[0])) if names else None
 
 
 def _pruned_class(stock: type[PreTrainedModel], stored: dict[str, Any]) -> type[PreTrainedModel]:

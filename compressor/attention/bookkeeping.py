@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 from compressor.attention.nouns import AttentionLayer
 from compressor.attention.slim import Editor, config_value
-from compressor.attention.trace import HEAD_COUNTS
+from compressor.attention.trace import HEAD_COUNTS, KEY_COUNTS
 from compressor.errors import PlanError
 
-_KEYS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _GROUPS = ("num_key_value_groups", "num_kv_groups", "n_rep")
 _WIDTHS = ("all_head_size", "split_size", "embed_dim", "hidden_size", "inner_dim", "d_model", "d_model_size", "dim")
 
@@ -56,7 +55,7 @@ def keep_count(editor: Editor, layer: AttentionLayer, removed: Sequence[int]) ->
     width = layer.num_heads * layer.value_dim
     meanings = [
         (HEAD_COUNTS, {layer.num_heads * maps: heads * maps}),
-        (_KEYS, {layer.num_key_value_heads: keys}),
+        (KEY_COUNTS, {layer.num_key_value_heads: keys}),
         (_GROUPS, {groups: shared, 1: shared}),
         (_WIDTHS if editor.habits.widths_count else (), {width: heads * layer.value_dim}),
     ]

@@ -26,7 +26,7 @@ from compressor.attention.linear import is_linear, side
 from compressor.attention.nouns import AttentionLayer, Slice
 from compressor.attention.slim import config_value
 from compressor.attention.specimen import Specimen, in_some_precision, signature
-from compressor.attention.trace import BATCH, Site, tracing
+from compressor.attention.trace import BATCH, KEY_COUNTS, Site, tracing
 from compressor.errors import ModelError
 
 REMEMBERED = 1024  # blocks of different build whose examination is kept
@@ -244,6 +244,8 @@ def _sharing(
         sets = sorted(set(read))
         if sum(map(len, sets)) == site.keys:
             return tuple(sets.index(own) for own in read), False
+    if any(vars(site.stack[0].module).get(name) == 1 for name in KEY_COUNTS):
+        return (0,) * heads, True
     return tuple(range(heads)), True
 
 

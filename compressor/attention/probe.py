@@ -19,6 +19,8 @@ from compressor.attention.trace import Frame, WatchAttention, attending, running
 from compressor.errors import ModelError
 
 QUERY_BLOCK = 128  # queries whose attention scores exist at one time
+# Tensors that attention functions are given and that leave the scores alone: what they say is in the mask already.
+_HARMLESS = {"position_ids", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k"}
 SYMBOLS = ("key", "offset", "sequence")
 
 
@@ -27,11 +29,12 @@ class Attended:
     """What one layer attended to in one batch, for every query including padding.
 
     `key` [batch, heads, queries] int64: index of the key with the highest score, ties to the lowest index.
-    `first` [batch, heads, queries]: attention mass on the first real key.
+    `first` [batch, heads, queries]: attention mass on the first real key. `keys`: number of keys.
     """
 
     key: torch.Tensor
     first: torch.Tensor
+    keys: int
 
 
 @torch.no_grad()
@@ -43,6 +46,8 @@ def attended_keys(
     scaling: float | None = None,
     causal: bool = False,
     softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     first_key: torch.Tensor | None = None,
     block: int = QUERY_BLOCK,
 ) -> Attended:
@@ -55,6 +60,8 @@ def attended_keys(
         scaling: factor on the scores; 1/√dim by default.
         causal: without a mask, query t sees keys 0 … t.
         softcap: scores are bent to softcap · tanh(score / softcap), as in Gemma 2.
+        bias: added to the scores, broadcastable to [batch, heads, queries, keys].
+        sinks: a score that takes its share of the attention without being a key, [heads] or [batch, heads, queries, 1].
         first_key: [batch] index of the first real key of each sequence; 0 by default.
         block: queries per block; memory grows with `batch · heads · block · keys`.
     """
@@ -73,6 +80,8 @@ def attended_keys(
         scores = scores.reshape(batch, heads, size, keys)
         if softcap is not None:
             scores = softcap * (scores / softcap).tanh()
+        if bias is not None:
+            scores = scores + (bias if bias.shape[-2] == 1 else bias[..., start : start + block, :])
         if mask is not None:
             seen = mask if mask.shape[-2] == 1 else mask[..., start : start + block, :]
             scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
@@ -82,8 +91,12 @@ def attended_keys(
             scores = scores.masked_fill(future, -torch.inf)
         best.append(scores.argmax(-1))
         column = index.view(batch, 1, 1, 1).expand(batch, heads, size, 1)
-        first.append((scores.gather(-1, column).squeeze(-1) - scores.logsumexp(-1)).exp())
-    return Attended(torch.cat(best, -1), torch.cat(first, -1))
+        whole = scores.logsumexp(-1)
+        if sinks is not None:
+            sink = sinks.view(1, heads, 1, 1) if sinks.ndim == 1 else sinks[..., start : start + block, :]
+            whole = torch.logaddexp(whole, sink.squeeze(-1).to(dtype))
+        first.append((scores.gather(-1, column).squeeze(-1) - whole).exp())
+    return Attended(torch.cat(best, -1), torch.cat(first, -1), keys)
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -181,9 +194,21 @@ class AttentionProbe:
         scaling: float | None = None,
         is_causal: bool | None = None,
         softcap: float | None = None,
-        **_: object,
+        position_bias: torch.Tensor | None = None,
+        s_aux: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        **others: object,
     ) -> None:
-        """Record what a layer attends to, given the arguments of its attention function."""
+        """Record what a layer attends to, given the arguments of its attention function.
+
+        Raises:
+            ModelError: there is an argument that may change the scores in a way that is not known here.
+        """
+        for name, other in others.items():
+            if isinstance(other, torch.Tensor) and name not in _HARMLESS:
+                raise ModelError(
+                    f"{type(module).__name__} gives its attention function {name}, of which scoring knows nothing"
+                )
         causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         attended = attended_keys(
             query,
@@ -192,6 +217,8 @@ class AttentionProbe:
             scaling=scaling,
             causal=causal and query.shape[2] > 1,  # as sdpa has it: a single query behind a cache sees all keys
             softcap=softcap,
+            bias=position_bias,
+            sinks=sinks if s_aux is None else s_aux,
             first_key=self._first_key(),
         )
         self._record(module, attended)
@@ -200,7 +227,7 @@ class AttentionProbe:
         layer = self._modules[module]
         if len(layer.maps[0]) > 1:  # of the maps that make a head, the first speaks for it
             leading = [maps[0] for maps in layer.maps]
-            attended = Attended(attended.key[:, leading], attended.first[:, leading])
+            attended = Attended(attended.key[:, leading], attended.first[:, leading], attended.keys)
         self.observed.setdefault(layer.index, []).append(attended)
 
     def _first_key(self) -> torch.Tensor | None:
@@ -215,12 +242,18 @@ class AttentionProbe:
         if self.fallback:
             frames: list[Frame] = []
             stack.enter_context(running(self.model.named_modules(), frames))
-            stack.enter_context(WatchAttention(lambda: attending(frames), self._read_weights, self._read_arguments))
+            stack.enter_context(
+                WatchAttention(lambda: attending(frames), self._heads, self._read_weights, self._read_arguments)
+            )
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
         self.observed = {}  # a new forward pass begins
         self.attention_mask = given.get("attention_mask")
+
+    def _heads(self, module: nn.Module) -> int | None:
+        layer = self._modules.get(module)
+        return None if layer is None else layer.num_heads * len(layer.maps[0])
 
     def _read_weights(self, module: nn.Module, weights: torch.Tensor, axis: int) -> None:
         """Record what a layer attends to, given its attention matrices, [batch, heads, …] or [batch · heads, …]."""
@@ -233,7 +266,7 @@ class AttentionProbe:
         first = self._first_key()
         column = (weights.new_zeros(batch, dtype=torch.long) if first is None else first).view(batch, 1, 1, 1)
         mass = weights.gather(-1, column.expand(batch, heads, queries, 1)).squeeze(-1)
-        self._record(module, Attended(weights.argmax(-1), mass))
+        self._record(module, Attended(weights.argmax(-1), mass, weights.shape[-1]))
 
     def _read_arguments(
         self,

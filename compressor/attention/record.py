@@ -184,12 +184,14 @@ def _truth(
 
 def _layer_numbers(model: PreTrainedModel, config: PreTrainedConfig, names: Sequence[str]) -> list[int] | None:
     """The number that a config gives to each attention layer, None where it does not number them."""
-    told = [getattr(model.get_submodule(name), "layer_idx", None) for name in names]
     total = _get(config, "num_hidden_layers") or 0
-    numbers = told if None not in told else list(range(len(names))) if len(names) == total else []
-    if len(set(numbers)) != len(names) or not all(isinstance(n, int) and 0 <= n < total for n in numbers):
-        return None
-    return numbers  # type: ignore[return-value]
+    told = [getattr(model.get_submodule(name), "layer_idx", None) for name in names]
+    written = [next((int(part) for part in name.split(".") if part.isdigit()), None) for name in names]
+    for numbers in (told, written):
+        whole = [number for number in numbers if isinstance(number, int) and 0 <= number < total]
+        if len(set(whole)) == len(names):
+            return whole
+    return None
 
 
 def _tell(config: PreTrainedConfig, truth: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from compressor.attention.interface import observing
-from compressor.attention.trace import Frame, Site, WatchAttention, attending, map_leaves, running
+from compressor.attention.trace import Frame, Site, WatchAttention, attending, map_leaves, named_heads, running
 
 SEED = 0
 Result = TypeVar("Result")
@@ -76,10 +76,9 @@ class Specimen:
                 stack.enter_context(observing([attends], asked))
             else:
                 stack.enter_context(running(self.block.named_modules(), frames))
-                stack.enter_context(WatchAttention(lambda: attending(frames), alone))
+                stack.enter_context(WatchAttention(lambda: attending(frames), named_heads, alone))
             output = self.block(**map_leaves(lambda value: value, self.arguments))
-        first: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
-        return first
+        return output if isinstance(output, torch.Tensor) else _first(output)
 
 
 def randomise(module: nn.Module, generator: torch.Generator) -> None:
@@ -89,6 +88,11 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             flat = parameter.ndim < 2
             parameter.copy_(1 + 0.3 * noise if flat else noise * (parameter.numel() / parameter.shape[0]) ** -0.5)
+
+
+def _first(output: Any) -> torch.Tensor:
+    tensor: torch.Tensor = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    return tensor
 
 
 def signature(site: Site, depth: int) -> tuple[object, ...]:

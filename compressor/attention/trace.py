@@ -22,6 +22,7 @@ from compressor.errors import ModelError
 BATCH, TOKENS = 2, 11
 # Names under which attention modules keep their number of heads.
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head")
+KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _SOFTMAX = (torch.softmax, nn.functional.softmax, torch.Tensor.softmax)
 _FUSED = nn.functional.scaled_dot_product_attention
 # What an attention function was seen to do: (its module, what it gave, the axis of the heads in that).
@@ -65,15 +66,21 @@ class WatchAttention(TorchFunctionMode):
 
     Args:
         current: the module that is running.
+        heads: how many heads a module has, None if it does not tell.
         event: is shown what a softmax over keys, or fused attention, gave; it may return something to take its place.
         fused: if given, is shown the arguments of fused attention instead, which gives no attention matrix.
     """
 
     def __init__(
-        self, current: Callable[[], nn.Module | None], event: Event, fused: Callable[..., None] | None = None
+        self,
+        current: Callable[[], nn.Module | None],
+        heads: Callable[[nn.Module], int | None],
+        event: Event,
+        fused: Callable[..., None] | None = None,
     ) -> None:
         super().__init__()
         self.current = current
+        self.heads = heads
         self.event = event
         self.fused = fused
 
@@ -85,9 +92,15 @@ class WatchAttention(TorchFunctionMode):
         if func is _FUSED and self.fused is not None:
             self.fused(module, *args, **(kwargs or {}))
             return result
-        axis = _axis_of_heads(module, result, -1 if func is _FUSED else _softmax_dim(args, kwargs or {}))
+        dim = -1 if func is _FUSED else _softmax_dim(args, kwargs or {})
+        axis = _axis_of_heads(self.heads(module), result) if dim in (-1, result.ndim - 1) else None
         shown = None if axis is None else self.event(module, result, axis)
         return result if shown is None else shown
+
+
+def named_heads(module: nn.Module) -> int | None:
+    """How many heads a module says it has."""
+    return next((vars(module)[name] for name in HEAD_COUNTS if name in vars(module)), None)
 
 
 def _softmax_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -95,20 +108,21 @@ def _softmax_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     return dim if isinstance(dim, int) else None
 
 
-def _axis_of_heads(module: nn.Module, result: torch.Tensor, dim: int | None) -> int | None:
+def _axis_of_heads(heads: int | None, result: torch.Tensor) -> int | None:
     """Where a softmax keeps its heads: 1 in [B, H, queries, keys], 2 in [B, queries, H, keys], 0 in [B·H, …].
 
-    None is the softmax of something else, such as a router. A module that names its number of heads decides.
+    None is the softmax of something else, such as a router.
     """
-    if dim not in (-1, result.ndim - 1):
-        return None
-    named = next((vars(module)[name] for name in HEAD_COUNTS if name in vars(module)), None)
     if result.ndim == 4:
-        axes = [axis for axis in (1, 2) if result.shape[axis] == named]
-        return next(iter(axes), None) if named is not None else 1 if result.shape[1] != TOKENS else None
-    if result.ndim == 3 and result.shape[0] > BATCH and result.shape[0] % BATCH == 0 and result.shape[-1] >= TOKENS:
-        return 0
-    return None
+        if heads is None:
+            return 1 if result.shape[1] != TOKENS else None
+        return next((axis for axis in (1, 2) if result.shape[axis] == heads), None)
+    if result.ndim != 3:
+        return None
+    if heads is None:
+        several = result.shape[0] > BATCH and result.shape[0] % BATCH == 0
+        return 0 if several and result.shape[-1] >= TOKENS else None
+    return 0 if result.shape[0] % heads == 0 else None
 
 
 @contextmanager
@@ -189,7 +203,7 @@ def _trace(model: PreTrainedModel) -> list[Site]:
     with _evaluating(model), running(model.named_modules(), stack):
         handles = [module.register_forward_pre_hook(emptied) for module in empty]
         try:
-            with observing(model.modules(), asked), WatchAttention(lambda: attending(stack), alone):
+            with observing(model.modules(), asked), WatchAttention(lambda: attending(stack), named_heads, alone):
                 model(**trial_inputs(model))
         except ModelError:
             raise

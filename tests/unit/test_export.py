@@ -135,9 +135,7 @@ def test_stock_loaders_fail_loudly(pruned: Callable[[str], LoadedModel], tmp_pat
         AUTO[PLANS[plan][0]].from_pretrained(tmp_path / "checkpoint")
 
 
-def test_stock_loaders_open_what_their_class_can_express(
-    pruned: Callable[[str], LoadedModel], tmp_path: Path
-) -> None:
+def test_stock_loaders_open_what_their_class_can_express(pruned: Callable[[str], LoadedModel], tmp_path: Path) -> None:
     """Llama counts heads apart from the hidden size, so that its config alone makes the slim shapes."""
     loaded = pruned("llama, as many heads everywhere")
     write_checkpoint(loaded, {}, tmp_path / "checkpoint")
