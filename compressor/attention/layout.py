@@ -214,7 +214,9 @@ def _dimensions(
 def _mixes(needs: dict[tuple[str, str], torch.Tensor], name: str, module: nn.Module) -> bool:
     """Whether heads can be told apart behind a module, but not in front of it, as at a norm over all heads."""
     inputs, outputs = needs.get(("inputs", name)), needs["outputs", name]
-    if is_linear(module) or inputs is None or inputs.shape != outputs.shape:
+    if is_linear(module) or inputs is None:
+        return False
+    if inputs.shape != outputs.shape and "kept_outputs" not in vars(module):  # but for norms that were pruned before
         return False
     return tells_heads_apart(outputs) and not tells_heads_apart(inputs)
 

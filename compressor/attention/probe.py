@@ -179,7 +179,10 @@ class AttentionProbe:
             if layer.index not in observed:
                 raise ModelError(f"{layer.name} never told what it attends to; its attention cannot be scored")
             # Differential attention calls its function twice with the same queries and keys.
-            observed[layer.index] = observed[layer.index][:: len(observed[layer.index]) // layer.uses]
+            seen = observed[layer.index]
+            if len(seen) % layer.uses:
+                raise ModelError(f"{layer.name} attended {len(seen)} times where {layer.uses} were expected")
+            observed[layer.index] = seen[:: len(seen) // layer.uses]
         return observed
 
     def observe(
