@@ -55,34 +55,42 @@ def check_config(
     """A number of heads that was true of the layers is true of them still, for all at once or layer by layer."""
     configs = [model.config.get_text_config(decoder=True) for model in (dense, pruned)]
     stored = [config.to_dict() for config in configs]
+    numbers = numbers_of(dense, before)
     for kind in ("attention_heads", "key_value_heads"):
         fields: dict[str, list[int]] = {}
         for place, layer in enumerate(before):
             fields.setdefault(field(stored[0], configs[0].attribute_map, kind, layer.name), []).append(place)
         for key, places in fields.items():
             counts = [
-                [len(layer.groups) if "key" in kind else layer.num_heads * len(layer.maps[0]) for layer in layers]
+                [
+                    layer.num_key_value_heads if "key" in kind else layer.num_heads * len(layer.maps[0])
+                    for layer in layers
+                ]
                 for layers in (before, after)
             ]
             if any(stored[0].get(key) != counts[0][place] for place in places):
                 continue
             own = {int(number): told.get(key) for number, told in (stored[1].get("per_layer_config") or {}).items()}
-            told = {place: own.get(number_of(dense, before[place], place)) or stored[1].get(key) for place in places}
+            told = {place: own.get(numbers[place]) or stored[1].get(key) for place in places}
             uniform = len({counts[1][place] for place in places}) == 1
             if (uniform or own) and any(told[place] != counts[1][place] for place in places):
                 raise Mismatch(f"config.{key} says {list(told.values())} of layers with {counts[1]}")
 
 
-def number_of(model: PreTrainedModel, layer: AttentionLayer, place: int) -> int:
-    """The number that a model gives to a layer; its place in the order of the layers where it gives none."""
-    number = getattr(model.get_submodule(layer.name), "layer_idx", None)
-    return place if number is None else number
+def numbers_of(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[int]:
+    """The numbers that a model gives to its layers, else those written in their names."""
+    told = [getattr(model.get_submodule(layer.name), "layer_idx", None) for layer in layers]
+    if None not in told and len(set(told)) == len(told):
+        return told
+    written = [[int(part) for part in layer.name.split(".") if part.isdigit()] for layer in layers]
+    return [(own or [place])[0] for place, own in enumerate(written)]
 
 
 def field(stored: Mapping[str, Any], names: Mapping[str, str], kind: str, layer: str) -> str:
     """Name under which a config counts the heads of a layer."""
     sides = (f"{side}_{kind}" for side in ("encoder", "decoder") if side in layer.split("."))
-    name = next((side for side in sides if side in stored), f"num_{kind}")
+    plain = [name for name in KEYS if name in stored] if "key" in kind else []
+    name = next((side for side in sides if side in stored), (*plain, f"num_{kind}")[0])
     return names.get(name, name)
 
 

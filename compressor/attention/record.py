@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from compressor.attention.nouns import AttentionLayer
 from compressor.attention.slim import Description, Editor, config_value
+from compressor.attention.trace import KEY_COUNTS
 from compressor.errors import ModelError
 
 _SLIM: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
@@ -135,7 +138,8 @@ def _fields(config: PreTrainedConfig, layer: str) -> tuple[str, str]:
     sided = (f"{side}_attention_heads", f"num_{side}_attention_heads")
     heads = next((name for name in sided if side and _get(config, name) is not None), "num_attention_heads")
     names = config.attribute_map
-    return names.get(heads, heads), names.get("num_key_value_heads", "num_key_value_heads")
+    keys = next((name for name in KEY_COUNTS if _get(config, name) is not None), KEY_COUNTS[0])
+    return names.get(heads, heads), names.get(keys, keys)
 
 
 def _beyond_stock(change: Mapping[str, Any]) -> bool:
@@ -203,11 +207,19 @@ def _tell(config: PreTrainedConfig, truth: Mapping[str, Any]) -> None:
             setattr(config, name, value)
     if overrides := truth.get("per_layer_config"):
         config.per_layer_config = overrides
+    if not isinstance(config, _Slim) and not _bears(config):
+        config.__class__ = _slim(type(config))
+
+
+def _bears(config: PreTrainedConfig) -> bool:
+    """Whether a config's class can tell the truth about a slim model."""
+    if isinstance(getattr(type(config), "head_dim", None), property):
+        return False  # Falcon's computes it from the number of heads
     try:
         config.validate()
     except Exception:  # Llama's, for one, insists that the number of heads divides the hidden size
-        if not isinstance(config, _Slim):
-            config.__class__ = _slim(type(config))
+        return False
+    return True
 
 
 class _Slim:
@@ -222,8 +234,16 @@ class _Slim:
 
 def _slim(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     if stock not in _SLIM:
-        _SLIM[stock] = type(stock.__name__, (_Slim, stock), {"__module__": stock.__module__})
+        derived = vars(stock).get("head_dim")
+        own = {"head_dim": property(partial(_as_dense, derived))} if isinstance(derived, property) else {}
+        _SLIM[stock] = type(stock.__name__, (_Slim, stock), {"__module__": stock.__module__, **own})
     return _SLIM[stock]
+
+
+def _as_dense(derived: property, config: PreTrainedConfig) -> Any:
+    """What a property of a config said before heads left."""
+    before = getattr(config, "dense_config", {}).get("", {})
+    return derived.__get__(SimpleNamespace(**vars(config) | before))
 
 
 def _revive(stock: type[PreTrainedConfig], state: dict[str, Any]) -> PreTrainedConfig:
