@@ -32,6 +32,7 @@ REPRESENTATIVES = {  # class: the units that have to be reached
     "BloomForCausalLM": ["head"],  # attention of its own, biased by distance
     "BartForConditionalGeneration": ["head"],  # encoder, decoder and attention between them
     "CodeGenForCausalLM": ["query"],  # heads kept together by the code
+    "ZambaForCausalLM": ["head", "query", "group"],  # one block, placed among others without attention
     "MambaForCausalLM": [],
     "BitNetForCausalLM": [],  # a norm over all heads
 }

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from compressor.attention import AttentionProbe, attention_layers, prune_heads
 from compressor.attention.layout import Slice, output_norms
 from compressor.attention.linear import features, is_linear, side
+from compressor.attention.trace import WatchAttention
 from compressor.errors import ModelError
 
 SMALL = {
@@ -312,6 +313,20 @@ def test_layers_are_in_the_order_of_first_use(build):
 
 
 # --- linear maps
+
+
+def test_a_softmax_over_anything_but_keys_is_not_attention():
+    """A router's runs over experts, Mesa's over heads; neither shows a head."""
+    module, shown = nn.Module(), []
+    scores = torch.randn(2, 4, 11, 11)
+    with WatchAttention(lambda: module, lambda _: 4, lambda *event: shown.append(event)):
+        nn.functional.softmax(scores, dim=1)
+        nn.functional.softmax(scores[0, 0], dim=-1)
+        nn.functional.softmax(scores, 2)
+        nn.functional.softmax(torch.randn(2, 5, 7, 11), dim=-1)
+        assert not shown
+        found = nn.functional.softmax(scores, dim=-1)
+    assert [(event[0] is module, event[1] is found, event[2]) for event in shown] == [(True, True, 1)]
 
 
 def test_what_is_a_linear_map():

@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from compressor.attention import attention_layers, prune_heads, removed_heads
+from compressor.attention.slim import Editor
 from compressor.errors import PlanError
 
 HEADS = {"gpt2": 4, "bert": 4, "roberta": 4, "llama": 6, "mistral": 6, "qwen3": 4}
@@ -496,6 +497,25 @@ def test_an_adapter_of_the_output_projection_is_refused(build):
     assert "layer 1 (model.layers.1.self_attn)" in assert_refused(model, {0: [1], 1: [0, 3]})
 
 
+class Biased(nn.Module):
+    def forward(self, scores: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return scores + bias
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_of_a_bias_for_each_head_what_stays_is_used_and_one_for_all_is_left_whole(by_name):
+    """Entries [batch · 4 heads, …] that repeat, and a bias that is broadcast."""
+    model = nn.ModuleDict({"attention": Biased()})
+    Editor(model.get_submodule, model.set_submodule).keep_argument("attention", "bias", 0, [1, 3], 4)
+    bias, scores = torch.randn(8, 5), torch.randn(4, 5)
+
+    def biased(bias: torch.Tensor) -> torch.Tensor:
+        return model["attention"](scores, bias=bias) if by_name else model["attention"](scores, bias)
+
+    assert torch.equal(biased(bias), scores + bias[[1, 3, 5, 7]])
+    assert torch.equal(biased(bias[:1]), scores + bias[0])
+
+
 def test_an_iterator_of_heads_is_read_once(build):
     model = prune_heads(build("gpt2"), {0: iter([2, 0])})
     assert removed_heads(model) == {0: (0, 2)}
@@ -610,12 +630,15 @@ def test_the_config_tells_what_all_layers_have(build, plan, expected):
         ("gpt_bigcode-heads", {"num_attention_heads": 2, "num_key_value_heads": 2}),
         ("gpt_oss", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}),
         ("gpt_neox", {"num_attention_heads": 2, "head_dim": 6}),
+        ("falcon-groups", {"num_attention_heads": 4, "num_kv_heads": 2, "head_dim": 4}),
     ],
 )
 def test_the_config_tells_it_in_the_words_of_its_class(build, kind, fields):
     model = prune_heads(build(kind), {0: [0, 3], 1: [0, 3]})
     assert {name: getattr(model.config, name) for name in fields} == fields
     assert "per_layer_config" not in model.config.to_dict()
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model.config)))
+    assert {name: getattr(again, name) for name in fields} == fields
 
 
 def test_the_config_tells_what_each_layer_has(build):
