@@ -641,6 +641,11 @@ def test_the_config_tells_it_in_the_words_of_its_class(build, kind, fields):
     assert {name: getattr(again, name) for name in fields} == fields
 
 
+@pytest.mark.parametrize(("kind", "name"), [("llama", "num_key_value_heads"), ("falcon-groups", "num_kv_heads")])
+def test_the_config_tells_of_groups_that_left(build, kind, name):
+    assert getattr(prune_heads(build(kind), {0: [0, 1, 2], 1: [3, 4, 5]}).config, name) == 1
+
+
 def test_the_config_tells_what_each_layer_has(build):
     model = prune_heads(build("llama"), {0: [0, 1, 2, 3]})
     assert told_by_layer(model) == [(2, 1), (6, 2)]
