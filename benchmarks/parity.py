@@ -170,7 +170,12 @@ def symbols(model: PreTrainedModel, layers: Sequence[AttentionLayer], given: Giv
             raise Mismatch("its queries are not one for each token")
         if int(real(key.transpose(1, 2), mask).max()) >= mask.shape[1]:
             raise Mismatch("its keys are not the tokens alone")
-    return [[token_symbols(key, mask, "key") for key in uses] for uses in keys]
+    return [[key_symbols(key, mask) for key in uses] for uses in keys]
+
+
+def key_symbols(key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Positions of the most attended keys, for the real tokens of a batch."""
+    return token_symbols(key, mask, "key", mask.flatten().nonzero().squeeze(1))
 
 
 def compare_symbols(
@@ -214,6 +219,6 @@ def compare_matrices(model: PreTrainedModel, layers: Sequence[AttentionLayer], g
         if matrix.shape[1] != sum(map(len, layer.maps)):
             return False
         leading = [maps[0] for maps in layer.maps]
-        if not torch.equal(token_symbols(matrix.argmax(-1)[:, leading], given["attention_mask"], "key"), key):
+        if not torch.equal(key_symbols(matrix.argmax(-1)[:, leading], given["attention_mask"]), key):
             raise Mismatch("its heads' symbols are not those of its own attention matrices")
     return True

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 
+from compressor.analysis import Analysis, Evidence, Findings, analyse
 from compressor.attention.layout import output_norms
 from compressor.attention.nouns import AttentionLayer
-from compressor.attention.probe import SYMBOLS, Attended, AttentionProbe, sequence_symbols, token_symbols
-from compressor.console import log
+from compressor.attention.probe import (
+    SYMBOLS,
+    Attended,
+    AttentionProbe,
+    positions,
+    sequence_symbols,
+    token_symbols,
+)
+from compressor.callbacks.tables import Observations, SymbolTable, TupleTable
+from compressor.console import log, track
 from compressor.errors import DataError, ModelError, RecipeError
-from compressor.game.counts import PairHistogram, SymbolTable, TupleTable
-from compressor.game.dividends import pair_dividends_from, triple_dividends_from
-from compressor.game.entropy import triple_entropies
+from compressor.game.counts import PairHistogram, PairStatistics, pair_statistics
+from compressor.game.dividends import pair_dividends_from
 from compressor.game.values import phi_from
 from compressor.measure.sums import WideSums
 from compressor.module import LanguageModel
 from compressor.types import LayerScores
 
 GUESSED_MEMORY = 4 << 30
+NOTHING = "there is nothing to score: no token was observed; give at least one document"
+# Whether to end the epoch, given how many documents were seen and a way to ask what they come to, by layer.
+Stop = Callable[[int, Callable[[], dict[int, PairStatistics]]], bool]
 
 
 class FirstKeyMass(WideSums):
@@ -60,15 +71,17 @@ class LayerCounts(torch.nn.Module):
 class HeadScoring(L.Callback):
     """Score attention heads while `Trainer.predict` runs over calibration text; `layers_scored` holds the outcome.
 
-    The pair counts are dense histograms on the model's device while all of them fit a quarter of its free memory, and
-    tables of symbols otherwise; both give the same numbers.
+    The pair counts are histograms on the model's device: dense while all of them fit the memory budget, sparse
+    otherwise; both give the same numbers. Symbols are kept where more is asked than pairs tell.
 
     Args:
         layers: the model's attention layers.
         longest: the longest sequence, in tokens.
         symbol: "key", "offset" (one observation per token) or "sequence" (one per document; batches say by `places`
             [batch, 2] which windows are of one document, and without that every row is one).
-        triple_layers: layers whose triple dividends are computed.
+        analysis: what to find out beyond φ; by default the triple dividends of layer 0.
+        memory_budget: bytes for the pair counts, and as many for symbols; by default a quarter of what is free.
+        stop: asked after every batch whether the epoch may end.
     """
 
     def __init__(
@@ -76,23 +89,26 @@ class HeadScoring(L.Callback):
         layers: Sequence[AttentionLayer],
         longest: int,
         symbol: str = "key",
-        triple_layers: Sequence[int] = (0,),
+        analysis: Analysis | None = None,
+        memory_budget: int | None = None,
+        stop: Stop | None = None,
     ) -> None:
         if symbol not in SYMBOLS:
             raise RecipeError(f"symbol is {symbol!r}; expected one of {', '.join(SYMBOLS)}")
-        for index in triple_layers:
-            if not 0 <= index < len(layers):
-                raise RecipeError(f"triple_layers names layer {index}; the model has layers 0 to {len(layers) - 1}")
+        self.analysis = Analysis() if analysis is None else analysis
+        self.analysis.check([layer.num_heads for layer in layers])
         self.layers = [layer for layer in layers if layer.num_heads]
         self.num_layers = len(layers)
         self.longest = longest
         self.symbol = symbol
-        self.triple_layers = frozenset(triple_layers)
+        self.memory_budget = memory_budget
+        self.stop = stop
         self.layers_scored: tuple[LayerScores, ...] = ()
         self._shift = 0
         self._documents = 0
         self._probe: AttentionProbe | None = None
         self._counts: dict[int, LayerCounts] = {}
+        self._observed = Observations()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make room for the counts and attach the probe."""
@@ -101,15 +117,22 @@ class HeadScoring(L.Callback):
         self._shift = self.longest - 1 if self.symbol == "offset" and pl_module.task == "masked" else 0
         alphabet = self.longest + self._shift
         needed = sum(PairHistogram.bytes(layer.num_heads, alphabet) for layer in self.layers)
-        dense = self.symbol != "sequence" and needed <= free_memory(pl_module.device) // 4
+        budget = free_memory(pl_module.device) // 4 if self.memory_budget is None else self.memory_budget
+        dense = needed <= budget
         if self.symbol != "sequence":
-            how = "dense joint histograms" if dense else "tables of symbols, for dense histograms would need"
-            log.info(f"counting pairs in {how} ({needed / 2**20:,.0f} MiB) on {pl_module.device}")
+            log.info(
+                f"counting pairs in {'dense' if dense else 'sparse'} joint histograms on {pl_module.device}: dense "
+                f"ones take {needed / 2**20:,.0f} MiB, and the budget is {budget / 2**20:,.0f} MiB"
+            )
         self._documents = 0
+        self._observed = Observations().to(pl_module.device)
+        share = budget // len(self.layers)
         self._counts = {
             layer.index: LayerCounts(
-                PairHistogram(layer.num_heads, alphabet) if dense else None,
-                self._table(dense, layer.index),
+                None
+                if self.symbol == "sequence"
+                else PairHistogram.of(layer.num_heads, alphabet, dense=dense, estimator=self.analysis.estimator),
+                self._table(layer.index, alphabet, share),
                 FirstKeyMass(layer.num_heads),
             ).to(pl_module.device)
             for layer in self.layers
@@ -138,16 +161,25 @@ class HeadScoring(L.Callback):
             documents = torch.arange(len(mask), device=mask.device) + self._documents
             places = torch.stack([documents, torch.zeros_like(documents)], dim=1)
         self._documents += len(mask)
+        real = batch["real"] if "real" in batch else mask.flatten().nonzero().squeeze(1)
+        if self.symbol != "sequence":
+            rows = torch.div(real, mask.shape[1], rounding_mode="floor")
+            self._observed.update(places[rows, 0], positions(mask).flatten()[real])
         for index, attended in self._probe.take().items():
-            self._count(self._counts[index], attended, mask, places)
+            self._count(self._counts[index], attended, mask, places, real)
+        if self.stop is not None and self.stop(self._documents, self._statistics):
+            raise StopIteration  # which ends Lightning's loop over the batches, and nothing else
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Detach the probe and turn the counts into scores."""
         assert isinstance(pl_module, LanguageModel)
         self._detach()
-        scored = {layer.index: self._score(pl_module, layer) for layer in self.layers}
+        scored = {}
+        with track("analysing", len(self.layers)) as done:
+            for layer in self.layers:
+                scored[layer.index] = self._score(pl_module, layer)
+                done()
         self.layers_scored = tuple(scored.get(index, _nothing()) for index in range(self.num_layers))
-        self._counts = {}
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the model as it was."""
@@ -162,12 +194,19 @@ class HeadScoring(L.Callback):
             self._probe.__exit__(None, None, None)
             self._probe = None
 
-    def _table(self, dense: bool, layer: int) -> SymbolTable | None:
-        if self.symbol == "sequence":
-            return TupleTable()
-        return SymbolTable() if not dense or layer in self.triple_layers else None
+    def symbols_of(self, layers: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """The symbols of layers that were kept, [observations, heads] each, in the order of the observations."""
+        tables = [self._counts[index].symbols for index in layers]
+        return tuple(table.symbols() for table in tables if table is not None)
 
-    def _count(self, counts: LayerCounts, uses: list[Attended], mask: torch.Tensor, places: torch.Tensor) -> None:
+    def _table(self, layer: int, alphabet: int, budget: int) -> SymbolTable | None:
+        if self.symbol == "sequence":
+            return TupleTable(alphabet, budget)
+        return SymbolTable(alphabet, budget) if self.analysis.wants_symbols(layer) else None
+
+    def _count(
+        self, counts: LayerCounts, uses: list[Attended], mask: torch.Tensor, places: torch.Tensor, real: torch.Tensor
+    ) -> None:
         """Count one batch; a layer that is applied several times is observed as often."""
         tokens = mask.shape[1]
         for attended in uses:
@@ -182,33 +221,53 @@ class HeadScoring(L.Callback):
             tuples = [sequence_symbols(attended.key, mask, self.longest) for attended in uses]
             counts.symbols.update(torch.cat(tuples, dim=-1), places)
             return
-        for attended in uses:
-            symbols = token_symbols(attended.key, mask, self.symbol) + self._shift
-            if counts.pairs is not None:
-                counts.pairs.update(symbols)
-            if counts.symbols is not None:
-                counts.symbols.update(symbols)
+        found = [token_symbols(attended.key, mask, self.symbol, real) + self._shift for attended in uses]
+        symbols = torch.stack(found, dim=1).flatten(0, 1)  # the uses of one token together
+        if counts.pairs is not None:
+            counts.pairs.update(symbols)
+        if counts.symbols is not None:
+            counts.symbols.update(symbols)
+
+    def _statistics(self) -> dict[int, PairStatistics]:
+        """What the pairs of each layer come to so far."""
+        return {layer.index: self._pairs(layer) for layer in self.layers}
+
+    def _pairs(self, layer: AttentionLayer) -> PairStatistics:
+        counts = self._counts[layer.index]
+        if counts.pairs is not None:
+            return counts.pairs.statistics()
+        assert counts.symbols is not None
+        symbols = counts.symbols.symbols()
+        if not len(symbols):
+            raise DataError(NOTHING)
+        return pair_statistics(symbols, self.analysis.estimator)
+
+    def _origins(self, layer: AttentionLayer, observations: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of which documents, and of which places there, the symbols of a layer are."""
+        if self.symbol == "sequence":
+            return torch.arange(observations), None
+        documents, places = self._observed.compute().repeat_interleave(layer.uses, 0).unbind(1)
+        return documents, places
 
     def _score(self, module: LanguageModel, layer: AttentionLayer) -> LayerScores:
         counts = self._counts[layer.index]
-        store = counts.pairs if counts.pairs is not None else counts.symbols
-        assert store is not None
-        observations = store.observations
-        if not observations:
-            raise DataError("there is nothing to score: no token was observed; give at least one document")
-        pairs = store.pair_entropies()
-        triples = None
-        if layer.index in self.triple_layers:
-            assert counts.symbols is not None
-            triples = triple_dividends_from(pairs, triple_entropies(counts.symbols.symbols()))
+        pairs = self._pairs(layer)
+        if not pairs.observations:
+            raise DataError(NOTHING)
+        found: Findings = {}
+        if counts.symbols is not None:
+            symbols = counts.symbols.symbols()
+            evidence = Evidence(symbols, pairs.entropies, *self._origins(layer, len(symbols)))
+            found = analyse(evidence, layer.index, self.analysis)
         return LayerScores(
-            phi=phi_from(pairs),
-            entropy=pairs.diagonal().clone(),
-            pair_dividends=pair_dividends_from(pairs),
-            triple_dividends=triples,
+            phi=phi_from(pairs.entropies),
+            entropy=pairs.entropies.diagonal().clone(),
+            pair_dividends=pair_dividends_from(pairs.entropies),
+            coverage=pairs.coverage,
             first_key_mass=counts.first.compute().reshape(-1),  # torchmetrics squeezes a lone head's
             output_norm=output_norms(module.model, layer),
-            observations=observations,
+            observations=pairs.observations,
+            **found,
         )
 
 
@@ -225,4 +284,4 @@ def free_memory(device: torch.device) -> int:
 def _nothing() -> LayerScores:
     """The scores of a layer without heads."""
     none = torch.zeros(0, dtype=torch.float64)
-    return LayerScores(none, none, none.reshape(0, 0), None, none, none, 0)
+    return LayerScores(none, none, none.reshape(0, 0), none.reshape(0, 0), none, none, 0)

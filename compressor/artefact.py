@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,7 +13,7 @@ from compressor.errors import ArtefactError
 from compressor.files import read_json, to_json
 from compressor.types import LayerScores, Scores
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 TENSORS, FACTS = "scores.safetensors", "scores.json"
 _FACTS = {
     "num_layers": int,
@@ -23,20 +24,19 @@ _FACTS = {
     "data": dict,
     "settings": dict,
 }
-_FIELDS = ("phi", "entropy", "pair_dividends", "triple_dividends", "first_key_mass", "output_norm")
+_FIELDS = ("phi", "entropy", "pair_dividends", "coverage", "first_key_mass", "output_norm")
+_SQUARE = ("pair_dividends", "coverage")
+_OPTIONAL = ("dividends", "triples", "values", "resampled")
 
 
 def save_scores(scores: Scores, directory: Path) -> None:
-    """Write `scores.safetensors` (keys `layers.<index>.<field>`, see `LayerScores`) and `scores.json`."""
-    tensors = {
-        f"layers.{index}.{field}": value.contiguous()
-        for index, layer in enumerate(scores.layers)
-        for field in _FIELDS
-        if (value := getattr(layer, field)) is not None
-    }
-    tensors |= {
-        f"layers.{index}.observations": torch.tensor(layer.observations) for index, layer in enumerate(scores.layers)
-    }
+    """Write `scores.safetensors` (keys `layers.<index>.<field>[.<key>]`, see `LayerScores`) and `scores.json`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for index, layer in enumerate(scores.layers):
+        named = {field: getattr(layer, field) for field in _FIELDS}
+        named |= {f"{field}.{key}": value for field in _OPTIONAL for key, value in getattr(layer, field).items()}
+        named["observations"] = torch.tensor(layer.observations)
+        tensors |= {f"layers.{index}.{name}": value.contiguous() for name, value in named.items()}
     save_file(tensors, directory / TENSORS)
     facts = {"schema_version": SCHEMA_VERSION, "num_layers": len(scores.layers), **scores.facts}
     (directory / FACTS).write_text(to_json(facts), encoding="utf-8")
@@ -65,26 +65,33 @@ def load_scores(directory: Path) -> Scores:
         damaged = ["num_layers"]
     if not damaged:
         expected = _shapes([layer.get("heads") for layer in facts["layers"]])
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.endswith("triple_dividends")}
-        damaged = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        wrong = {name for name in expected if expected[name] != found.get(name)}
+        damaged = sorted(wrong | {name for name in found.keys() - expected.keys() if not _is_optional(name, expected)})
     if damaged:
         raise ArtefactError(f"the scores in {directory} are damaged ({damaged[0]}); score the model again")
-    layers = tuple(
-        LayerScores(
-            **{field: tensors.get(f"layers.{index}.{field}") for field in _FIELDS},  # type: ignore[arg-type]
-            observations=int(tensors[f"layers.{index}.observations"]),
-        )
-        for index in range(facts["num_layers"])
+    layers = []
+    for index in range(facts["num_layers"]):
+        given: dict[str, Any] = {field: tensors[f"layers.{index}.{field}"] for field in _FIELDS}
+        for field in _OPTIONAL:
+            start = f"layers.{index}.{field}."
+            given[field] = {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
+        layers.append(LayerScores(**given, observations=int(tensors[f"layers.{index}.observations"])))
+    return Scores(
+        tuple(layers), {key: value for key, value in facts.items() if key not in ("schema_version", "num_layers")}
     )
-    return Scores(layers, {key: value for key, value in facts.items() if key not in ("schema_version", "num_layers")})
 
 
 def _shapes(heads: list[int]) -> dict[str, tuple[int, ...]]:
-    """The shapes that layers of so many heads have on disk; triple dividends are there or not."""
+    """The shapes that layers of so many heads have on disk."""
     shapes: dict[str, tuple[int, ...]] = {}
     for index, count in enumerate(heads):
-        shapes |= {f"layers.{index}.{field}": (count,) for field in _FIELDS}
-        shapes[f"layers.{index}.pair_dividends"] = (count, count)
+        shapes |= {f"layers.{index}.{field}": (count, count) if field in _SQUARE else (count,) for field in _FIELDS}
         shapes[f"layers.{index}.observations"] = ()
-        del shapes[f"layers.{index}.triple_dividends"]
     return shapes
+
+
+def _is_optional(name: str, expected: dict[str, tuple[int, ...]]) -> bool:
+    """Whether a tensor is one of those that a layer may have."""
+    layer, _, field = name.rpartition(".")[0].rpartition(".")
+    return field in _OPTIONAL and f"{layer}.phi" in expected

@@ -43,6 +43,14 @@ class Recipe:
     # scoring
     symbol: str = "key"
     triple_layers: list[int] | None = None
+    order: int = 3
+    values: list[str] | None = None
+    coalitions: list[str] | None = None
+    estimator: str = "plug-in"
+    bootstrap: int = 100
+    shuffles: int = 0
+    memory_budget: float | None = None
+    until_stable: bool = False
     # pruning
     criterion: str = "gt-fep"
     ratio: float = 0.2
@@ -67,6 +75,9 @@ class Recipe:
         if not 0 < self.ratio < 1:
             raise RecipeError(f"ratio is {self.ratio:g}; expected a share of heads between 0 and 1, both excluded")
         least = {
+            "order": 2,
+            "bootstrap": 0,
+            "shuffles": 0,
             "samples": 0,
             "eval_samples": 0,
             "seed": 0,
@@ -81,6 +92,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise RecipeError(f"{name} is {value}; expected {minimum} or more")
+        if self.memory_budget is not None and not self.memory_budget > 0:
+            raise RecipeError(f"memory_budget is {self.memory_budget:g}; expected GiB, more than 0")
         if self.seed >= 1 << 32:
             raise RecipeError(f"seed is {self.seed}; expected less than 2³² = {1 << 32}")
         for name, choices in CHOICES.items():
@@ -154,5 +167,5 @@ def _kind(hint: Any) -> str:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_kind(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is list:
-        return "a list of whole numbers"
+        return "a list of whole numbers" if typing.get_args(hint) == (int,) else "a list of words"
     return names[hint]

@@ -1,33 +1,44 @@
-"""The verbs: score, prune, bench and run. Each is one function; the command line only parses flags and prints."""
+"""The verbs: score, prune, bench, run, paper. Each is one function; the command line only parses flags and prints."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from compressor import comparison
 from compressor.artefact import load_scores, save_scores
-from compressor.attention import attention_layers, prune_heads
+from compressor.attention import prune_heads
 from compressor.budget import allocate
+from compressor.confidence import layer_report
 from compressor.config import Recipe, resolve
 from compressor.console import log
-from compressor.criteria import criteria, criterion, random_scores
-from compressor.data import TextDataModule
+from compressor.contenders import (
+    as_recorded,
+    check_same_model,
+    check_unseen,
+    named_checkpoints,
+    record_of,
+    rival_plans,
+    rule_of,
+)
+from compressor.criteria import criterion
 from compressor.environment import machine, versions
-from compressor.errors import ArtefactError, DataError, RecipeError
-from compressor.export import RECORD, write_checkpoint
-from compressor.files import read_json, to_json
-from compressor.loading import EMBEDDED, LoadedModel
+from compressor.errors import ArtefactError, RecipeError
+from compressor.export import write_checkpoint
+from compressor.files import to_json
+from compressor.loading import EMBEDDED
 from compressor.measure.costs import measure_costs
 from compressor.preparation import data_for, load_for
+from compressor.reproduction import published_figures, reproduce
 from compressor.runs import check_output, newest_run, result_directory
 from compressor.scoring import score_model
+from compressor.stability import shares_removed
 from compressor.types import PruningPlan, Scores
 
 CHECKPOINT = "checkpoint"
-COUNTED = ("gt-fep", "entropy")  # the criteria made from counts, which saturate
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,12 @@ class ScoreRun:
 
     scores: Scores
     directory: Path
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The facts, and what is to be said of each layer: JSON-ready."""
+        layers = [{"layer": index, **layer_report(layer)} for index, layer in enumerate(self.scores.layers)]
+        return {"facts": dict(self.scores.facts), "layers": layers}
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,15 @@ class PruneRun:
 class BenchRun:
     """What `bench` measured. `document` is `bench.json`."""
 
+    document: dict[str, Any]
+    directory: Path
+
+
+@dataclass(frozen=True)
+class PaperRun:
+    """What came of the paper's protocol. `document` is `paper.json`."""
+
+    score: ScoreRun
     document: dict[str, Any]
     directory: Path
 
@@ -116,7 +142,7 @@ def prune(
             raise ArtefactError("there is no score run, and a dry run makes none; run `compress score` first")
         if scores is None:
             log.info(f"there is no score run{f' of {recipe.model}' if recipe.model else ''} yet: scoring first")
-            scores = score(config=config, **settings).directory
+            scores = score(config=config, **_asking(recipe, settings)).directory
         else:
             log.info(f"taking up the newest score run, {scores}")
     evidence = load_scores(Path(scores))
@@ -126,18 +152,22 @@ def prune(
         task=recipe.task or evidence.facts["task"],
         revision=recipe.revision or evidence.facts["settings"].get("revision"),
     )
-    plan = allocate(
-        rule(evidence, recipe.seed),
-        recipe.ratio,
-        recipe.scope,
+    choose = partial(
+        allocate,
+        ratio=recipe.ratio,
+        scope=recipe.scope,
         unit=recipe.unit,
         groups=[layer["groups"] for layer in evidence.facts["layers"]],
         allow_empty=recipe.allow_empty,
         seed=recipe.seed if recipe.criterion == "random" else None,
     )
-    document: dict[str, Any] = {"plan": plan.to_dict()}
+    plan = choose(rule(evidence, recipe.seed))
+    document: dict[str, Any] = {
+        "plan": plan.to_dict(),
+        "removed_in_resamples": shares_removed(evidence, recipe.criterion, choose),
+    }
     saturated = evidence.facts.get("saturated_layers")
-    if saturated and recipe.criterion in COUNTED:
+    if saturated and rule.counted:
         log.warning(
             f"the scores of {len(saturated)} layers are saturated: {recipe.criterion} says nothing about their heads, "
             "and which of them go is arbitrary"
@@ -147,7 +177,7 @@ def prune(
     with result_directory("prune", recipe, output_dir, force) as (staged, target):
         # A checkpoint keeps the dtype it came in, even where computing in it is slow.
         loaded = load_for(replace(recipe, dtype="stored" if recipe.dtype == "auto" else recipe.dtype))
-        _check_same_model(loaded, evidence, Path(scores))
+        check_same_model(loaded, evidence, Path(scores))
         length = min(256, loaded.context)
         causal = loaded.task == "causal"
         dense = measure_costs(loaded.model, length, causal=causal)
@@ -198,13 +228,13 @@ def bench(
         log.info(f"comparing with the newest pruned checkpoint, {newest / CHECKPOINT}")
         against = (newest / CHECKPOINT,)
     folders = [folder / CHECKPOINT if (folder / CHECKPOINT).is_dir() else folder for folder in map(Path, against)]
-    named = _named(folders)
-    records = {name: _record(folder) for name, folder in named.items()}
+    named = named_checkpoints(folders)
+    records = {name: record_of(folder) for name, folder in named.items()}
     first = next((record for record in records.values() if record is not None), None)
     if recipe.model is None and first is None:
         raise RecipeError(f"{folders[0]} does not say which model it was pruned from; give --model")
     if first is not None:
-        recipe = _as_recorded(recipe, first)
+        recipe = as_recorded(recipe, first)
     with result_directory("bench", recipe, output_dir, force) as (staged, target):
         dense = load_for(recipe)
         contenders = {
@@ -217,13 +247,13 @@ def bench(
             name: record for name, record in records.items() if record and record["base"]["identity"] == dense.identity
         }
         for name, record in own.items():
-            _check_unseen(name, record, data)
+            check_unseen(name, record, data)
         plans: dict[str, PruningPlan] = {}
         unranked = set(contenders)
         if own:
             reference = next(iter(own.values()))["plan"]
-            plans = _rival_plans(reference, recipe, dense, Path(scores) if scores else None)
-            unranked -= {name for name, record in own.items() if _rule(record["plan"]) == _rule(reference)}
+            plans = rival_plans(reference, recipe, dense, Path(scores) if scores else None)
+            unranked -= {name for name, record in own.items() if rule_of(record["plan"]) == rule_of(reference)}
         document = {
             **comparison.compare(dense, contenders, plans, data, recipe, unranked if own else set()),
             "machine": machine(dense.model.device),
@@ -247,7 +277,7 @@ def run(
     criterion(recipe.criterion)  # a misspelt name should not cost a scoring epoch
     with result_directory("run", recipe, output_dir, force) as (staged, target):
         common = {name: value for name, value in asdict(recipe).items() if value is not None}
-        scored = score(output_dir=staged / "scores", **common)
+        scored = score(output_dir=staged / "scores", **_asking(recipe, common))
         pruned = prune(scores=scored.directory, export=True, output_dir=staged / "pruned", **common)
         assert pruned.checkpoint is not None
         measured = bench(against=[pruned.checkpoint], scores=scored.directory, output_dir=staged / "bench", **common)
@@ -259,87 +289,42 @@ def run(
     )
 
 
+def paper(
+    name: str = "gpt2",
+    *,
+    config: str | Path | None = None,
+    output_dir: str | Path | None = None,
+    force: bool = False,
+    **settings: Any,
+) -> PaperRun:
+    """Follow the protocol of arXiv 2605.09515 and set its published figures beside what is found.
+
+    Args:
+        name: a model of the paper's: gpt2, bert or tinyllama.
+        config: a YAML recipe; by default the shipped `paper-<name>.yaml`.
+        output_dir, force, settings: as for `score`; `model` and `data` put others in the place of the paper's.
+    """
+    published_figures(name)
+    recipe = resolve(config or f"paper-{name}.yaml", settings)
+    with result_directory("paper", recipe, output_dir, force) as (staged, target):
+        loaded = load_for(recipe)
+        scores = score_model(loaded, recipe)
+        save_scores(scores, staged)
+        document = {
+            **reproduce(name, scores, loaded, recipe),
+            "machine": machine(loaded.model.device),
+            "versions": versions(),
+        }
+        (staged / "paper.json").write_text(to_json(document), encoding="utf-8")
+    return PaperRun(ScoreRun(scores, target), document, target)
+
+
 def _naming(recipe: Recipe, default: str) -> Recipe:
     return replace(recipe, model=recipe.model or default)
 
 
-def _check_same_model(loaded: LoadedModel, scores: Scores, directory: Path) -> None:
-    if scores.facts["identity"] != loaded.identity:
-        raise ArtefactError(
-            f"the scores in {directory} are of another model ({scores.facts['model']}) than {loaded.name}, or its "
-            "weights have changed since; score the model again"
-        )
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-    """The record of what was pruned, where a checkpoint has one."""
-    if not (folder / RECORD).is_file():
-        return None
-    record = read_json(folder / RECORD)
-    base, plan = record.get("base"), record.get("plan")
-    known = isinstance(base, dict) and {"model", "identity"} <= base.keys()
-    wanted = {"criterion", "ratio", "scope", "unit", "allow_empty", "heads_per_layer", "removed_heads", "total_heads"}
-    if not known or not isinstance(plan, dict) or not wanted <= plan.keys():
-        raise ArtefactError(f"{folder / RECORD} is damaged; prune and export the model again")
-    return record
-
-
-def _as_recorded(recipe: Recipe, record: dict[str, Any]) -> Recipe:
-    """Fill what a bench was not told with what the checkpoint's record knows: the model, and the text."""
-    if recipe.model is None:
-        base = record["base"]
-        recipe = replace(recipe, model=base["model"], revision=recipe.revision or base.get("revision"))
-    settings = record.get("scores", {}).get("settings", {})
-    if recipe.data is None:
-        recipe = replace(recipe, data=settings.get("data"), eval_data=recipe.eval_data or settings.get("eval_data"))
-    return recipe
-
-
-def _check_unseen(name: str, record: dict[str, Any], data: TextDataModule) -> None:
-    """Refuse to report on documents that chose the heads."""
-    seen = set(record.get("scores", {}).get("data", {}).get("hashes", ()))
-    shared = sum(document in seen for document in data.evaluation.hashes)
-    if shared:
-        raise DataError(
-            f"{shared} of the {data.evaluation.documents} documents of {data.evaluation.name} calibrated {name}: "
-            "a report on them would flatter it; give other --eval-data"
-        )
-
-
-def _rule(plan: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides how many heads go: plans of one rule can be ranked against each other."""
-    return plan["ratio"], plan["scope"], plan["unit"], plan["allow_empty"], tuple(plan["heads_per_layer"])
-
-
-def _named(folders: Sequence[Path]) -> dict[str, Path]:
-    """A name for each checkpoint: what was pruned, where that tells them apart, else where it is."""
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise RecipeError("--against names the same checkpoint twice; give each once")
-    named: dict[str, Path] = {}
-    taken = {"dense", *(rival.name for rival in criteria())}
-    for folder in folders:
-        record = _record(folder)
-        name = folder.name
-        if record is not None:
-            plan = record["plan"]
-            name = f"{plan['criterion']} {plan['removed_heads']}/{plan['total_heads']}"
-        named[f"{name} ({folder})" if name in taken or name in named else name] = folder
-    return named
-
-
-def _rival_plans(
-    plan: dict[str, Any], recipe: Recipe, dense: LoadedModel, scores: Path | None
-) -> dict[str, PruningPlan]:
-    """Plans that remove as much as `plan` by the same rule: by the other criteria, given scores, and at random."""
-    rule: dict[str, Any] = {name: plan[name] for name in ("ratio", "scope", "unit", "allow_empty")}
-    rule["groups"] = [layer.group_index for layer in attention_layers(dense.model)]
-    plans = {}
-    if scores is not None:
-        evidence = load_scores(scores)
-        _check_same_model(dense, evidence, scores)
-        for rival in criteria():
-            if rival.name not in (plan["criterion"], "random"):
-                plans[rival.name] = allocate(rival(evidence), **rule)
-    for seed in range(recipe.seed, recipe.seed + recipe.random_seeds):
-        plans[f"random (seed {seed})"] = allocate(random_scores(plan["heads_per_layer"], seed), **rule, seed=seed)
-    return plans
+def _asking(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that ask a scoring run for what the criterion needs."""
+    needed = criterion(recipe.criterion).needs
+    values = [*(recipe.values or ()), *([needed] if needed else ())]
+    return {**settings, **({"values": sorted(set(values))} if values else {})}

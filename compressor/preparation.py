@@ -52,6 +52,7 @@ def data_for(loaded: LoadedModel, recipe: Recipe) -> TextDataModule:
         batch_size=recipe.batch_size,
         max_length=recipe.max_length or min(loaded.context, WINDOW),
         seed=recipe.seed,
+        shuffled=recipe.until_stable,
     )
     data.setup()
     highest = max(int(window.max()) for windows in (data.calibration, data.evaluation) for window in windows.input_ids)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
-from compressor.attention import attention_layers
+from compressor.analysis import Analysis, Coalition
+from compressor.attention import AttentionLayer, attention_layers
+from compressor.budget import allocate
 from compressor.callbacks import HeadScoring
+from compressor.confidence import COVERED, believed, is_saturated
 from compressor.config import Recipe
 from compressor.console import log
 from compressor.environment import versions
-from compressor.errors import ModelError
+from compressor.errors import ModelError, RecipeError
+from compressor.game import coalition_dividends, coalition_entropies
+from compressor.game.counting import columns_of, measure_coalitions
+from compressor.game.estimators import coverage
+from compressor.game.lattice import MAX_HEADS
 from compressor.loading import LoadedModel
 from compressor.module import LanguageModel
 from compressor.preparation import data_for
+from compressor.stability import StableMask
 from compressor.trainer import run_scoring
-from compressor.types import LayerScores, Scores
-
-SATURATED = 0.99  # of ln N: a single head's entropy up here says that hardly any symbol was seen twice
+from compressor.types import Scores
 
 
 def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
@@ -27,8 +36,10 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
     data = data_for(loaded, recipe)
     log.info(data.describe()[0])
     windows = data.calibration
-    triple_layers = recipe.triple_layers if recipe.triple_layers is not None else [0]
-    scoring = HeadScoring(layers, windows.longest, recipe.symbol, triple_layers)
+    analysis = analysis_of(recipe)
+    stop = _stop(recipe, layers) if recipe.until_stable else None
+    budget = None if recipe.memory_budget is None else int(recipe.memory_budget * 2**30)
+    scoring = HeadScoring(layers, windows.longest, recipe.symbol, analysis, budget, stop)
     run_scoring(LanguageModel(loaded.model, loaded.task), data, scoring, loaded.model.device)
     scored = scoring.layers_scored
     if not all(torch.isfinite(torch.cat([layer.first_key_mass, layer.output_norm])).all() for layer in scored):
@@ -40,6 +51,12 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
             f"the entropies of {len(saturated)} of {len(layers)} layers are saturated: with {observations:,} "
             f"observations nearly every symbol is unique, and the estimate is close to ln {observations:,} = "
             f"{math.log(observations):.4f} whatever the heads do; it is no finding about them"
+        )
+    uncovered = [index for index, layer in enumerate(scored) if not believed(layer)]
+    if set(uncovered) - set(saturated):
+        log.warning(
+            f"{len(uncovered)} of {len(layers)} layers have pairs of heads less than {COVERED:.0%} of whose joint "
+            "distribution was seen; their dividends, and with them φ, depend on how much was counted"
         )
     facts = {
         "model": loaded.name,
@@ -65,7 +82,11 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
         },
         "settings": {
             "symbol": recipe.symbol,
-            "triple_layers": triple_layers,
+            "triple_layers": list(analysis.layers),
+            "order": recipe.order,
+            "values": list(analysis.values),
+            "bootstrap": recipe.bootstrap,
+            "shuffles": recipe.shuffles,
             "data": recipe.data,
             "eval_data": recipe.eval_data,
             "part": recipe.part,
@@ -74,16 +95,76 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
             "batch_size": recipe.batch_size,
             "max_length": data.max_length,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "estimator": "plug-in",
+            "estimator": recipe.estimator,
             "unit": "nats",
         },
         "saturated_layers": saturated,
+        "uncovered_layers": uncovered,
+        "coalitions": [_coalition(scoring, coalition, recipe.estimator) for coalition in analysis.coalitions],
         "seed": recipe.seed,
         "versions": versions(),
     }
+    if stop is not None:
+        facts["stability"] = stop.record()
+        _log_stability(stop, windows.documents)
     return Scores(scored, facts)
 
 
-def is_saturated(layer: LayerScores) -> bool:
-    """Whether a head's entropy is so near its ceiling, ln N, that the number of observations decides it."""
-    return layer.observations > 1 and float(layer.entropy.max()) >= SATURATED * math.log(layer.observations)
+def analysis_of(recipe: Recipe) -> Analysis:
+    """What a recipe asks of a scoring epoch."""
+    return Analysis(
+        estimator=recipe.estimator,
+        layers=tuple(recipe.triple_layers if recipe.triple_layers is not None else [0]),
+        order=recipe.order,
+        shuffles=recipe.shuffles,
+        values=tuple(recipe.values or ()),
+        resamples=recipe.bootstrap,
+        coalitions=tuple(_parsed(text) for text in recipe.coalitions or ()),
+        seed=recipe.seed,
+    )
+
+
+def _parsed(text: str) -> Coalition:
+    """(layer, head) of each member of a coalition like "0.1+3.2"."""
+    members = [member.split(".") for member in text.split("+")]
+    if not all(len(member) == 2 and all(part.isdecimal() for part in member) for member in members):
+        raise RecipeError(f"coalition {text!r} is not of layers and heads; expected one like 0.1+3.2")
+    coalition = tuple((int(layer), int(head)) for layer, head in members)
+    if len(set(coalition)) < len(coalition) or len(coalition) > MAX_HEADS:
+        raise RecipeError(f"coalition {text!r}: expected different heads, {MAX_HEADS} at most")
+    return coalition
+
+
+def _coalition(scoring: HeadScoring, coalition: Coalition, estimator: str) -> dict[str, Any]:
+    """Entropy and dividend of a coalition, whose heads may be of several layers."""
+    indices = sorted({layer for layer, _ in coalition})
+    tables = dict(zip(indices, scoring.symbols_of(indices), strict=True))
+    if len({len(table) for table in tables.values()}) > 1:
+        raise RecipeError("coalitions reach into a layer that is applied several times, and others that are not")
+    symbols = torch.stack([tables[layer][:, head] for layer, head in coalition], dim=1)
+    everyone = [tuple(range(len(coalition)))]
+    return {
+        "heads": [list(member) for member in coalition],
+        "entropy": float(coalition_entropies(symbols, everyone, estimator=estimator)),
+        "coverage": float(measure_coalitions(columns_of(symbols), everyone, coverage)[0]),
+        "dividend": float(coalition_dividends(symbols, everyone, estimator=estimator)),
+    }
+
+
+def _stop(recipe: Recipe, layers: Sequence[AttentionLayer]) -> StableMask:
+    choose = partial(
+        allocate,
+        ratio=recipe.ratio,
+        scope=recipe.scope,
+        unit=recipe.unit,
+        groups=[layer.group_index for layer in layers],
+        allow_empty=recipe.allow_empty,
+    )
+    return StableMask(recipe.criterion, [layer.num_heads for layer in layers], choose)
+
+
+def _log_stability(stop: StableMask, documents: int) -> None:
+    if stop.checks and stop.stable:
+        log.info(f"the heads to remove stayed the same from half of {stop.checks[-1][0]:,} documents on")
+    else:
+        log.warning(f"the heads to remove did not stay the same over {documents:,} documents; give more --samples")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,16 +15,22 @@ Task = Literal["causal", "masked"]
 class LayerScores:
     """What a scoring epoch found out about one layer of H heads. Entropies and dividends are in nats, float64.
 
-    `triple_dividends` are those of i < j < k in lexicographic order, or None on layers where they were not asked for.
+    What was not asked for is not in the mappings. Coalitions of one size are in lexicographic order.
     """
 
     phi: torch.Tensor  # [H]
     entropy: torch.Tensor  # [H]
     pair_dividends: torch.Tensor  # [H, H], zero diagonal
-    triple_dividends: torch.Tensor | None  # [C(H, 3)]
+    coverage: (
+        torch.Tensor
+    )  # [H, H] share of the distribution of a pair's symbols that was seen; a head's, on the diagonal
     first_key_mass: torch.Tensor  # [H] mean attention mass on the first key
     output_norm: torch.Tensor  # [H] L2 norm of the head's slice of the output projection
     observations: int
+    dividends: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by order from "3" on: [C(H, order)]
+    triples: Mapping[str, torch.Tensor] = field(default_factory=dict)  # "entropy", "coverage", … of triples: [C(H, 3)]
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of heads, beyond φ, and standard errors: [H]
+    resampled: Mapping[str, torch.Tensor] = field(default_factory=dict)  # "phi", "entropy" by resample: [R, H]
 
 
 @dataclass(frozen=True)

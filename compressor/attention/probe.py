@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,90 +12,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compressor.attention.argmax import Attended as Attended
+from compressor.attention.argmax import attended_keys
 from compressor.attention.interface import observing, readable_masks, spread
 from compressor.attention.nouns import AttentionLayer
 from compressor.attention.trace import Frame, WatchAttention, attending, running
 from compressor.errors import ModelError
 
-QUERY_BLOCK = 128  # queries whose attention scores exist at one time
 # Tensors that attention functions are given and that leave the scores alone: what they say is in the mask already.
 _HARMLESS = {"position_ids", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k"}
 SYMBOLS = ("key", "offset", "sequence")
-
-
-@dataclass(frozen=True)
-class Attended:
-    """What one layer attended to in one batch, for every query including padding.
-
-    `key` [batch, heads, queries] int64: index of the key with the highest score, ties to the lowest index.
-    `first` [batch, heads, queries]: attention mass on the first real key. `keys`: number of keys.
-    """
-
-    key: torch.Tensor
-    first: torch.Tensor
-    keys: int
-
-
-@torch.no_grad()
-def attended_keys(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    causal: bool = False,
-    softcap: float | None = None,
-    bias: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    first_key: torch.Tensor | None = None,
-    block: int = QUERY_BLOCK,
-) -> Attended:
-    """Find the key that each query attends to most, a block of queries at a time.
-
-    Args:
-        query: [batch, heads, queries, dim].
-        key: [batch, kv heads, keys, dim]; consecutive query heads share a key/value head equally.
-        mask: broadcastable to [batch, heads, queries, keys]: boolean (True may be seen) or additive; None sees all.
-        scaling: factor on the scores; 1/√dim by default.
-        causal: without a mask, query t sees keys 0 … t.
-        softcap: scores are bent to softcap · tanh(score / softcap), as in Gemma 2.
-        bias: added to the scores, broadcastable to [batch, heads, queries, keys].
-        sinks: a score that takes its share of the attention without being a key, [heads] or [batch, heads, queries, 1].
-        first_key: [batch] index of the first real key of each sequence; 0 by default.
-        block: queries per block; memory grows with `batch · heads · block · keys`.
-    """
-    batch, heads, queries, dim = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    transposed = key.to(dtype).transpose(-1, -2)
-    scale = dim**-0.5 if scaling is None else scaling
-    index = query.new_zeros(batch, dtype=torch.long) if first_key is None else first_key
-    best, first = [], []
-    for start in range(0, queries, block):
-        rows = query[:, :, start : start + block].to(dtype)
-        size = rows.shape[2]
-        # The query heads of a group are laid end to end, so that keys are never repeated.
-        scores = rows.reshape(batch, kv_heads, -1, dim) @ transposed * scale
-        scores = scores.reshape(batch, heads, size, keys)
-        if softcap is not None:
-            scores = softcap * (scores / softcap).tanh()
-        if bias is not None:
-            scores = scores + (bias if bias.shape[-2] == 1 else bias[..., start : start + block, :])
-        if mask is not None:
-            seen = mask if mask.shape[-2] == 1 else mask[..., start : start + block, :]
-            scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
-        elif causal:
-            place = torch.arange(keys, device=key.device)
-            future = place[None, :] > place[start : start + size, None]
-            scores = scores.masked_fill(future, -torch.inf)
-        best.append(scores.argmax(-1))
-        column = index.view(batch, 1, 1, 1).expand(batch, heads, size, 1)
-        whole = scores.logsumexp(-1)
-        if sinks is not None:
-            sink = sinks.view(1, heads, 1, 1) if sinks.ndim == 1 else sinks[..., start : start + block, :]
-            whole = torch.logaddexp(whole, sink.squeeze(-1).to(dtype))
-        first.append((scores.gather(-1, column).squeeze(-1) - whole).exp())
-    return Attended(torch.cat(best, -1), torch.cat(first, -1), keys)
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -109,19 +34,20 @@ def first_keys(attention_mask: torch.Tensor) -> torch.Tensor:
     return attention_mask.long().argmax(-1)
 
 
-def token_symbols(key: torch.Tensor, attention_mask: torch.Tensor, symbol: str) -> torch.Tensor:
+def token_symbols(key: torch.Tensor, attention_mask: torch.Tensor, symbol: str, real: torch.Tensor) -> torch.Tensor:
     """Symbols of the real queries of a batch, [observations, heads] int64, one observation per token.
 
     Args:
         key: [batch, heads, tokens] index of the most attended key.
         attention_mask: [batch, tokens], 1 for real tokens; padding on either side never shifts a symbol.
         symbol: "key", the key's position; "offset", the query's position minus the key's.
+        real: [observations] where the real tokens are in the flattened mask; finding them would wait for the device.
     """
     where = positions(attention_mask)
     found = where[:, None, :].expand_as(key).gather(-1, key)
     if symbol == "offset":
         found = where[:, None, :] - found
-    return found.transpose(1, 2)[attention_mask.bool()]
+    return found.transpose(1, 2).flatten(0, 1)[real]
 
 
 def sequence_symbols(key: torch.Tensor, attention_mask: torch.Tensor, width: int) -> torch.Tensor:

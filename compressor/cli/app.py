@@ -69,6 +69,19 @@ def score(
     seed: o.Seed = None,
     symbol: o.Symbol = None,
     triple_layers: o.TripleLayers = None,
+    order: o.Order = None,
+    values: o.Values = None,
+    coalitions: o.Coalitions = None,
+    estimator: o.Estimator = None,
+    bootstrap: o.Bootstrap = None,
+    shuffles: o.Shuffles = None,
+    memory_budget: o.MemoryBudget = None,
+    until_stable: o.UntilStable = None,
+    criterion: o.Criterion = None,
+    ratio: o.Ratio = None,
+    scope: o.Scope = None,
+    unit: o.Unit = None,
+    allow_empty: o.AllowEmpty = None,
     config: o.Config = None,
     output_dir: o.OutputDir = None,
     force: o.Force = False,
@@ -177,6 +190,14 @@ def run(
     seed: o.Seed = None,
     symbol: o.Symbol = None,
     triple_layers: o.TripleLayers = None,
+    order: o.Order = None,
+    values: o.Values = None,
+    coalitions: o.Coalitions = None,
+    estimator: o.Estimator = None,
+    bootstrap: o.Bootstrap = None,
+    shuffles: o.Shuffles = None,
+    memory_budget: o.MemoryBudget = None,
+    until_stable: o.UntilStable = None,
     criterion: o.Criterion = None,
     ratio: o.Ratio = None,
     scope: o.Scope = None,
@@ -202,6 +223,40 @@ def run(
 
 
 @app.command()
+def paper(
+    name: o.PaperModel = "gpt2",
+    model: o.Model = None,
+    revision: o.Revision = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    data: o.Data = None,
+    eval_data: o.EvalData = None,
+    samples: o.Samples = None,
+    eval_samples: o.EvalSamples = None,
+    batch_size: o.BatchSize = None,
+    max_length: o.MaxLength = None,
+    seed: o.Seed = None,
+    symbol: o.Symbol = None,
+    triple_layers: o.TripleLayers = None,
+    random_seeds: o.RandomSeeds = None,
+    repeats: o.Repeats = None,
+    config: o.Config = None,
+    output_dir: o.OutputDir = None,
+    force: o.Force = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Follow the protocol of arXiv 2605.09515, and say which of its figures hold."""
+    flags = _flags(locals())
+    _start(quiet)
+    from compressor import pipeline
+    from compressor.cli import show
+
+    show.reproduced(pipeline.paper(**flags), json)
+
+
+@app.command()
 def models(name: o.ModelType = None, json: o.Json = False) -> None:
     """List which model types can be pruned, by which units, and why not."""
     from compressor import support
@@ -215,6 +270,9 @@ def _flags(values: dict[str, Any]) -> dict[str, Any]:
     flags = {name: value for name, value in values.items() if name not in ("json", "quiet")}
     if flags.get("triple_layers") is not None:
         flags["triple_layers"] = _layers(flags["triple_layers"])
+    for name in ("values", "coalitions"):
+        if flags.get(name) is not None:
+            flags[name] = flags[name].split(",")
     return flags
 
 

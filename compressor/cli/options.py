@@ -16,6 +16,7 @@ ModelType = Annotated[
     str | None,
     typer.Argument(help="A model type, as config.json has it, or a class.  [default: all]", show_default=False),
 ]
+PaperModel = Annotated[str, typer.Argument(help="A model of the paper's: gpt2, bert or tinyllama.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL)]
 Task = Annotated[str | None, typer.Option(help="causal or masked.  [default: from the config]", rich_help_panel=_MODEL)]
 Device = Annotated[
@@ -61,10 +62,60 @@ TripleLayers = Annotated[
     str | None,
     typer.Option(help="Layers with triple dividends, such as 0,3, or 'none'.  [default: 0]", rich_help_panel="Scoring"),
 ]
+Order = Annotated[
+    int | None,
+    typer.Option(help="Size of the largest coalitions in those layers.  [default: 3]", rich_help_panel="Scoring"),
+]
+Values = Annotated[
+    str | None,
+    typer.Option(
+        help="Further values of all heads: third-order, shapley, eta, marginal.  [default: none]",
+        rich_help_panel="Scoring",
+    ),
+]
+Coalitions = Annotated[
+    str | None,
+    typer.Option(
+        help="Single coalitions of layer.head, also across layers, such as 0.1+0.5,0.1+3.2.", rich_help_panel="Scoring"
+    ),
+]
+Estimator = Annotated[
+    str | None,
+    typer.Option(
+        help="plug-in, miller-madow, grassberger, chao-shen or chao-wang-jost.  [default: plug-in]",
+        rich_help_panel="Scoring",
+    ),
+]
+Bootstrap = Annotated[
+    int | None,
+    typer.Option(help="Resamples of the documents, for intervals on φ.  [default: 100]", rich_help_panel="Scoring"),
+]
+Shuffles = Annotated[
+    int | None,
+    typer.Option(
+        help="Shuffles to test the signs of triples with, such as 99.  [default: 0]", rich_help_panel="Scoring"
+    ),
+]
+MemoryBudget = Annotated[
+    float | None,
+    typer.Option(
+        help="GiB for counts, and for symbols.  [default: a quarter of what is free]", rich_help_panel="Scoring"
+    ),
+]
+UntilStable = Annotated[
+    bool | None,
+    typer.Option(
+        "--until-stable",
+        help="Stop scoring when the heads that --criterion and --ratio remove stay the same.",
+        rich_help_panel="Scoring",
+    ),
+]
 Criterion = Annotated[
     str | None,
     typer.Option(
-        help="gt-fep (φ), entropy, bos-sink, magnitude or random.  [default: gt-fep]", rich_help_panel=_PRUNING
+        help="gt-fep (φ), entropy, second-order, third-order, eta, shapley, marginal, bos-sink, magnitude or random.  "
+        "[default: gt-fep]",
+        rich_help_panel=_PRUNING,
     ),
 ]
 Ratio = Annotated[

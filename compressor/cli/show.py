@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from compressor.cli.page import new_table, print_json, say
-from compressor.pipeline import BenchRun, PruneRun, ScoreRun, WholeRun
-
-MATRIX_WIDTH = 12  # heads whose scores fit a line of a terminal
+from compressor.cli.scores import print_scores
+from compressor.pipeline import BenchRun, PaperRun, PruneRun, ScoreRun, WholeRun
 
 
 def scored(result: ScoreRun, as_json: bool) -> None:
     """Print a scoring run."""
     if as_json:
-        print_json(score_document(result))
+        print_json({**result.document, "directory": str(result.directory)})
         return
     console = Console()
-    _print_scores(console, result)
+    print_scores(console, result)
     if not result.scores.facts["saturated_layers"]:
         say(console, f"next: compress prune --scores {result.directory} --ratio 0.2 --export")
 
@@ -51,7 +48,7 @@ def ran(result: WholeRun, as_json: bool) -> None:
     if as_json:
         print_json(
             {
-                "score": score_document(result.score),
+                "score": {**result.score.document, "directory": str(result.score.directory)},
                 "prune": prune_document(result.prune),
                 "bench": result.bench.document,
                 "directory": str(result.directory),
@@ -59,63 +56,36 @@ def ran(result: WholeRun, as_json: bool) -> None:
         )
         return
     console = Console()
-    _print_scores(console, result.score)
+    print_scores(console, result.score)
     console.print()
     _print_plan(console, result.prune)
     console.print()
     _print_bench(console, result.bench)
 
 
-def score_document(result: ScoreRun) -> dict[str, Any]:
-    """A scoring run as JSON-ready values; the dividends themselves stay in the safetensors file."""
-    layers = []
-    for index, layer in enumerate(result.scores.layers):
-        triples = layer.triple_dividends
-        layers.append(
-            {
-                "layer": index,
-                "observations": layer.observations,
-                "phi": layer.phi.tolist(),
-                "entropy": layer.entropy.tolist(),
-                "first_key_mass": layer.first_key_mass.tolist(),
-                "output_norm": layer.output_norm.tolist(),
-                "mean_pair_dividend": _mean_off_diagonal(layer.pair_dividends),
-                "triples": None
-                if triples is None or not len(triples)
-                else {
-                    "count": len(triples),
-                    "mean": float(triples.mean()),
-                    "negative": int((triples < 0).sum()),
-                    "positive": int((triples > 0).sum()),
-                },
-            }
-        )
-    return {"facts": dict(result.scores.facts), "layers": layers, "directory": str(result.directory)}
+def reproduced(result: PaperRun, as_json: bool) -> None:
+    """Print the paper's figures beside ours."""
+    if as_json:
+        print_json({**result.document, "directory": str(result.directory)})
+        return
+    console = Console()
+    print_scores(console, result.score)
+    table = new_table("arXiv 2605.09515", "published", "here", "verdict")
+    for claim in result.document["claims"]:
+        figures = [f"{claim[name]:.3f}" if claim[name] is not None else "–" for name in ("published", "measured")]
+        table.add_row(claim["name"], *figures, claim["verdict"])
+    console.print(table)
+    for claim in result.document["claims"]:
+        if claim["reason"]:
+            say(console, f"{claim['name']}: {claim['reason']}")
+    say(console, result.document["verdict"])
+    say(console, f"measurements: {result.directory}")
 
 
 def prune_document(result: PruneRun) -> dict[str, Any]:
     """A pruning run as JSON-ready values."""
     places = {"directory": result.directory, "checkpoint": result.checkpoint}
     return {**result.document, **{name: None if place is None else str(place) for name, place in places.items()}}
-
-
-def _print_scores(console: Console, result: ScoreRun) -> None:
-    document = score_document(result)
-    facts = document["facts"]
-    say(console, f"φ of {facts['model']} by layer and head, in nats; symbol: {facts['settings']['symbol']}")
-    console.print(_phi_table(document["layers"]))
-    for layer in document["layers"]:
-        if (triples := layer["triples"]) is not None:
-            say(
-                console,
-                f"triple dividends of layer {layer['layer']}: {triples['negative']} negative, {triples['positive']} "
-                f"positive, mean {triples['mean']:.2f} (plug-in estimates, whose bias can decide a sign)",
-            )
-    for index in facts["saturated_layers"][:1]:
-        observations = document["layers"][index]["observations"]
-        ceiling = f"ln {observations:,} = {math.log(observations):.4f}"
-        say(console, f"saturated: {ceiling} is the estimator's ceiling, not a finding")
-    say(console, f"scores: {result.directory}")
 
 
 _PORTIONS = {"head": "heads", "query": "heads of every group", "group": "groups"}
@@ -129,10 +99,14 @@ def _print_plan(console: Console, result: PruneRun) -> None:
         f"{plan.criterion}: {plan.removed} of {plan.total} heads go ({plan.removed / plan.total:.1%}); "
         f"the rule is ⌈{plan.ratio:g} · {_PORTIONS[plan.unit]}⌉ {rule}",
     )
-    table = new_table("layer", "heads", "left", "removed")
+    shares = result.document["removed_in_resamples"]
+    table = new_table("layer", "heads", "left", "removed", *(["in resamples"] if shares else []))
     for layer, before in enumerate(plan.heads_per_layer):
         gone = plan.heads.get(layer, ())
-        table.add_row(str(layer), str(before), str(before - len(gone)), ", ".join(map(str, gone)) or "–")
+        sure = [", ".join(f"{shares[layer][head]:.0%}" for head in gone) or "–"] if shares else []
+        table.add_row(str(layer), str(before), str(before - len(gone)), ", ".join(map(str, gone)) or "–", *sure)
+    if shares:
+        table.caption = "in resamples: how often each would go if other documents of the kind had been counted"
     console.print(table)
     if "costs" in result.document:
         console.print(_cost_table(result.document["costs"]["dense"], result.document["costs"]["pruned"]))
@@ -227,32 +201,6 @@ def _cost_table(dense: dict[str, Any], pruned: dict[str, Any]) -> Table:
         table.add_row(name, form(before), form(after), f"{after / before - 1:+.1%}" if before else "")
     table.caption = f"one sequence of {dense['length']} tokens; a MAC is one multiply-add"
     return table
-
-
-def _phi_table(layers: list[dict[str, Any]]) -> Table:
-    """φ of every head where they fit a line, else the range and the lowest of each layer."""
-    width = max(len(layer["phi"]) for layer in layers)
-    heads = [str(head) for head in range(width)] if width <= MATRIX_WIDTH else ["lowest heads", "φ from", "to"]
-    table = new_table("layer", *heads, "mean pair")
-    for layer in layers:
-        ranked = sorted(range(len(layer["phi"])), key=layer["phi"].__getitem__)
-        if width <= MATRIX_WIDTH:
-            cells = [
-                Text(f"{value:.1f}", "bold red" if head in ranked[:1] else "")
-                for head, value in enumerate(layer["phi"])
-            ]
-            cells += [Text("")] * (width - len(cells))
-        else:
-            cells = [Text(", ".join(map(str, ranked[:5])))]
-            cells += [Text(f"{layer['phi'][head]:.2f}") for head in (ranked[:1] + ranked[-1:])]
-        pair = layer["mean_pair_dividend"]
-        table.add_row(str(layer["layer"]), *cells, "" if pair is None else f"{pair:.2f}")
-    return table
-
-
-def _mean_off_diagonal(matrix: torch.Tensor) -> float | None:
-    heads = matrix.shape[0]
-    return float(matrix.sum() / (heads * (heads - 1))) if heads > 1 else None
 
 
 def _count(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The paper's criterion and its plain rivals. None of them sees the model's loss."""
+"""Plain rivals of the game. None of them sees the model's loss."""
 
 from __future__ import annotations
 
@@ -8,18 +8,6 @@ import torch
 
 from compressor.criteria.registry import Values, register
 from compressor.types import HeadScores, Scores
-
-
-@register("gt-fep", "φ = H + ½ Σ mutual information with the layer's other heads (arXiv 2605.09515, eq. 4)")
-def gt_fep(scores: Scores, seed: int) -> Values:
-    """The paper's φ."""
-    return [layer.phi.tolist() for layer in scores.layers]
-
-
-@register("entropy", "H, the entropy of the keys a head attends to most, alone")
-def entropy(scores: Scores, seed: int) -> Values:
-    """φ without its interactions."""
-    return [layer.entropy.tolist() for layer in scores.layers]
 
 
 @register("bos-sink", "1 − mean attention mass on the first key: sinks go first (after arXiv 2601.06787)")

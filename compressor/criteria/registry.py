@@ -14,27 +14,45 @@ Values = list[list[float]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named rule that turns a scoring run into one number per head; the lowest are removed first."""
+    """A named rule that turns a scoring run into one number per head; the lowest are removed first.
+
+    `counted` says that it is made from the counts of symbols, so that it is worth what these are worth; `needs` names
+    one of the values that a scoring run computes only when asked.
+    """
 
     name: str
     summary: str
     values: Callable[[Scores, int], Values]
+    counted: bool = False
+    needs: str | None = None
 
     def __call__(self, scores: Scores, seed: int = 0) -> HeadScores:
-        """Score every head; `seed` matters to criteria that draw."""
+        """Score every head; `seed` matters to criteria that draw.
+
+        Raises:
+            RecipeError: the scoring run was not asked for what the criterion needs.
+        """
+        if not self.answered_by(scores):
+            raise RecipeError(f"the scores hold no {self.needs} values; score again with --values {self.needs}")
         return HeadScores(self.name, tuple(tuple(layer) for layer in self.values(scores, seed)))
+
+    def answered_by(self, scores: Scores) -> bool:
+        """Whether a scoring run holds what the criterion needs."""
+        return self.needs is None or all(self.needs in layer.values for layer in scores.layers if len(layer.phi))
 
 
 _REGISTRY: dict[str, Criterion] = {}
 
 
-def register(name: str, summary: str) -> Callable[[Callable[[Scores, int], Values]], Callable[[Scores, int], Values]]:
+def register(
+    name: str, summary: str, *, counted: bool = False, needs: str | None = None
+) -> Callable[[Callable[[Scores, int], Values]], Callable[[Scores, int], Values]]:
     """Enter a function `(scores, seed) -> [layers][heads]` under a name nobody has yet."""
 
     def enter(values: Callable[[Scores, int], Values]) -> Callable[[Scores, int], Values]:
         if name in _REGISTRY:
             raise ValueError(f"there is already a criterion named {name!r}")
-        _REGISTRY[name] = Criterion(name, summary, values)
+        _REGISTRY[name] = Criterion(name, summary, values, counted, needs)
         return values
 
     return enter

@@ -27,7 +27,8 @@ class TextDataModule(LightningDataModule):
     """Documents for calibrating (score, repair, recover) and, never the same ones, for evaluating.
 
     Batches are dicts of `input_ids`, `attention_mask` and `labels`, each int64 [batch, tokens], padded on the right,
-    the longest windows first, and `places` [batch, 2], a window's document and how many of its windows came before.
+    the longest windows first, and `places` [batch, 2], a window's document and how many of its windows came before, and
+    `real` [real tokens], where the tokens are in the flattened batch.
     The labels are unshifted, -100 where nothing is to be predicted:
 
     - causal: the ids themselves, -100 at padding;
@@ -47,7 +48,8 @@ class TextDataModule(LightningDataModule):
         eval_samples: the same for evaluation.
         batch_size: windows per batch.
         max_length: the model's context in tokens, special ones included; longer documents are split.
-        seed: of the choice of documents, of the masks and of the training order.
+        seed: of the choice of documents, of the masks and of the order in training, or wherever it is `shuffled`.
+        shuffled: calibrate in a random order, so that what was seen halfway is a fair sample, not the longest windows.
 
     Raises:
         DataError: on construction, for numbers out of range; in `setup`, for data that cannot be used.
@@ -66,6 +68,7 @@ class TextDataModule(LightningDataModule):
         batch_size: int = 8,
         max_length: int,
         seed: int = 0,
+        shuffled: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -88,6 +91,7 @@ class TextDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.max_length = max_length
         self.seed = seed
+        self.shuffled = shuffled
         self.overlap = 0
         self._windows: tuple[Windows, Windows] | None = None
 
@@ -123,8 +127,12 @@ class TextDataModule(LightningDataModule):
         )
 
     def predict_dataloader(self) -> DataLoader[PlacedExample]:
-        """Calibration windows as they are, for scoring; longest first."""
-        return self._ordered(self.calibration, "next" if self.task == "causal" else "none")
+        """Calibration windows as they are, for scoring; longest first, or in buckets of a random order."""
+        labels: Labels = "next" if self.task == "causal" else "none"
+        if self.shuffled:
+            sampler = ShuffledBuckets(self.calibration.input_ids, self.batch_size, self.seed)
+            return self._loader(self.calibration, labels, sampler)
+        return self._ordered(self.calibration, labels)
 
     def test_dataloader(self) -> DataLoader[PlacedExample]:
         """Evaluation windows; longest first, masked for a masked LM."""

@@ -17,7 +17,8 @@ from compressor.types import Task
 
 Example = tuple[Tensor, Tensor]  # (input_ids, labels) of one window: [tokens], int64
 Labels = Literal["next", "masked", "none"]
-Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: [batch, longest window of the batch]; places: [batch, 2]
+# input_ids, attention_mask, labels: [batch, longest window of the batch]; places: [batch, 2]; real: [real tokens]
+Batch = dict[str, Tensor]
 Place = tuple[int, int]  # (document, how many windows of it came before)
 PlacedExample = tuple[Example, Place]
 
@@ -184,13 +185,18 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def collate(examples: Sequence[PlacedExample], pad_id: int) -> Batch:
-    """Pad examples on the right to the longest of them, and say where each comes from."""
+    """Pad examples on the right to the longest of them, and say where each comes from.
+
+    `real` numbers the real tokens in the flattened batch: to find them on a device, the device would have to be asked.
+    """
     ids = [ids for (ids, _), _ in examples]
+    attention_mask = pad_sequence([torch.ones_like(window) for window in ids], batch_first=True)
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
-        "attention_mask": pad_sequence([torch.ones_like(window) for window in ids], batch_first=True),
+        "attention_mask": attention_mask,
         "labels": pad_sequence([labels for (_, labels), _ in examples], batch_first=True, padding_value=IGNORED),
         "places": torch.tensor([place for _, place in examples]),
+        "real": attention_mask.flatten().nonzero().squeeze(1),
     }
 
 

@@ -1,136 +1,195 @@
-"""What a scoring epoch accumulates: joint histograms, and tables of symbols where those would not fit or not do."""
+"""Joint histograms of pairs of heads, dense or sparse: what a scoring epoch accumulates."""
 
 from __future__ import annotations
 
-from itertools import combinations
-from typing import cast
+from abc import abstractmethod
+from collections.abc import Iterator
+from itertools import combinations_with_replacement
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from compressor.game.entropy import pair_entropies, plugin_entropy
+from compressor.game.counting import columns_of, measure_coalitions, tally
+from compressor.game.estimators import coverage, estimator
+
+FOLDED = 1 << 15  # observations that are counted at one time, for a histogram is swept once each time
+
+
+class PairStatistics(NamedTuple):
+    """What joint histograms come to, float64 on the CPU; the diagonals speak of single heads.
+
+    `entropies` [heads, heads] in nats, `coverage` [heads, heads] the share of the distribution that was seen (Good and
+    Turing), `observations` how many.
+    """
+
+    entropies: torch.Tensor
+    coverage: torch.Tensor
+    observations: int
 
 
 class PairHistogram(Metric):
-    """Dense joint histograms of all pairs of one layer's heads, on the metric's device; merging devices is a sum.
+    """Joint histograms of all pairs of one layer's heads, on the metric's device; merging devices is a sum.
 
-    State: `singles` [heads, alphabet] and `pairs` [C(heads, 2), alphabet, alphabet], int64.
+    `PairHistogram.of` chooses between the two ways to keep them, which give the same numbers: `DensePairs` and
+    `SparsePairs`.
     """
 
     full_state_update = False
-    singles: torch.Tensor
-    pairs: torch.Tensor
+    pending: list[torch.Tensor]
 
-    def __init__(self, num_heads: int, alphabet: int) -> None:
+    def __init__(self, num_heads: int, alphabet: int, estimator: str = "plug-in") -> None:
         super().__init__()
         self.num_heads = num_heads
         self.alphabet = alphabet
-        index = torch.tensor(list(combinations(range(num_heads), 2)), dtype=torch.long).reshape(-1, 2)
-        self.register_buffer("index", index.T.contiguous(), persistent=False)
-        self.add_state("singles", torch.zeros(num_heads, alphabet, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state(
-            "pairs", torch.zeros(index.shape[0], alphabet, alphabet, dtype=torch.int64), dist_reduce_fx="sum"
-        )
+        self.estimator = estimator
+        self.pairs_of_heads = list(combinations_with_replacement(range(num_heads), 2))
+        self.add_state("pending", [], dist_reduce_fx="cat")  # symbols [n, heads] that are not counted yet
+
+    @staticmethod
+    def of(num_heads: int, alphabet: int, *, dense: bool, estimator: str = "plug-in") -> PairHistogram:
+        """A histogram kept in one way or the other."""
+        return (DensePairs if dense else SparsePairs)(num_heads, alphabet, estimator)
 
     @staticmethod
     def bytes(num_heads: int, alphabet: int) -> int:
-        """Size of the state."""
-        return 8 * alphabet * (num_heads + num_heads * (num_heads - 1) // 2 * alphabet)
+        """Size of a dense histogram."""
+        return 8 * num_heads * (num_heads + 1) // 2 * alphabet**2
 
     def update(self, symbols: torch.Tensor) -> None:
         """Count symbols [observations, heads], integers from 0 to alphabet − 1."""
-        columns = symbols.T
-        self._count(self.singles, columns)
-        first, second = cast(torch.Tensor, self.index)
-        self._count(self.pairs, columns[first] * self.alphabet + columns[second])
+        self.pending.append(symbols)
+        if sum(map(len, self.pending)) >= self._patience():
+            self._fold()
 
-    def compute(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Joint entropies of all pairs, float64 [heads, heads] on the CPU, and the number of observations."""
-        result = torch.diag(plugin_entropy(self.singles))
-        if self.num_heads > 1:
-            first, second = cast(torch.Tensor, self.index).cpu()
-            result[first, second] = result[second, first] = plugin_entropy(self.pairs.flatten(1))
-        return result, self.singles[0].sum()
+    def compute(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Joint entropies and coverage, float64 [heads, heads] on the CPU, and the number of observations."""
+        self._fold()
+        entropy = estimator(self.estimator)
+        entropies, covered = torch.zeros(2, self.num_heads, self.num_heads, dtype=torch.float64)
+        observations = 0
+        for (i, j), counts in zip(self.pairs_of_heads, self._histograms(), strict=True):
+            values, multiplicity = tally(counts)
+            observations = int(values @ multiplicity)
+            if observations:
+                entropies[i, j] = entropies[j, i] = entropy(values, multiplicity)
+                covered[i, j] = covered[j, i] = coverage(values, multiplicity)
+        return entropies, covered, torch.tensor(observations)
 
-    def pair_entropies(self) -> torch.Tensor:
-        """Joint entropies of all pairs, float64 [heads, heads] on the CPU, in nats; the diagonal holds the singles."""
-        return self.compute()[0].reshape(self.num_heads, self.num_heads)  # torchmetrics squeezes a 1 × 1
-
-    @property
-    def observations(self) -> int:
-        """Number of observations, over all devices."""
-        return int(self.compute()[1])
-
-    @staticmethod
-    def _count(histograms: torch.Tensor, symbols: torch.Tensor) -> None:
-        """Add symbols [rows, observations] to as many histograms."""
-        flat = histograms.flatten(1)
-        flat.scatter_add_(1, symbols, torch.ones_like(symbols))
-
-
-class SymbolTable(Metric):
-    """The symbols themselves, for joint entropies of any order; merging devices is a concatenation."""
-
-    full_state_update = False
-    rows: list[torch.Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("rows", [], dist_reduce_fx="cat")
-
-    def update(self, symbols: torch.Tensor) -> None:
-        """Keep symbols [observations, heads], integers below 2³¹."""
-        self.rows.append(symbols.to(torch.int32))
-
-    def compute(self) -> torch.Tensor:
-        """Compact ids of the symbols, int64 [observations, heads]: equal ids for equal symbols of a head."""
-        rows = dim_zero_cat(self.rows)  # after a merge over devices it is one tensor already
-        return torch.stack([_ids(column) for column in rows.unbind(1)], dim=1)
-
-    def symbols(self) -> torch.Tensor:
+    def statistics(self) -> PairStatistics:
         """What `compute` gives, also where torchmetrics would squeeze a 1 × 1."""
-        return self.compute().reshape(-1, dim_zero_cat(self.rows).shape[1])
+        entropies, covered, observations = self.compute()
+        shape = (self.num_heads, self.num_heads)
+        return PairStatistics(entropies.reshape(shape), covered.reshape(shape), int(observations))
 
-    def pair_entropies(self) -> torch.Tensor:
-        """The same as `PairHistogram.pair_entropies`, from the table."""
-        return pair_entropies(self.symbols())
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Count what is pending before devices are merged: a device may have nothing else."""
+        self._fold()
+        super().sync(*args, **kwargs)
 
-    @property
-    def observations(self) -> int:
-        """Number of observations, over all devices."""
-        return len(self.symbols())
+    def _fold(self) -> None:
+        pending = dim_zero_cat(self.pending) if len(self.pending) else None
+        self.pending = []
+        if pending is not None and len(pending):
+            self._add(pending.T.long().contiguous())
 
+    def _codes(self, columns: torch.Tensor) -> Iterator[torch.Tensor]:
+        """One number for each pair of symbols, pair by pair: [observations] each."""
+        for i, j in self.pairs_of_heads:
+            yield columns[i] * self.alphabet + columns[j]
 
-class TupleTable(SymbolTable):
-    """Whole tuples as symbols, one observation per document, put together again where it was split into windows."""
+    def _patience(self) -> int:
+        return FOLDED
 
-    places: list[torch.Tensor]
+    @abstractmethod
+    def _add(self, columns: torch.Tensor) -> None:
+        """Count symbols [heads, observations]."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("places", [], dist_reduce_fx="cat")
-
-    def update(self, symbols: torch.Tensor, places: torch.Tensor) -> None:  # type: ignore[override]
-        """Keep the tuples [windows, heads, width] of windows whose places [windows, 2] are (document, part)."""
-        super().update(symbols)
-        self.places.append(places)
-
-    def compute(self) -> torch.Tensor:
-        """Compact ids of the documents' tuples, int64 [documents, heads]."""
-        rows, places = dim_zero_cat(self.rows), dim_zero_cat(self.places)
-        if not len(rows):
-            return rows.new_zeros(0, rows.shape[1], dtype=torch.long)
-        documents, parts = torch.unique(places[:, 0], return_inverse=True)[1], places[:, 1]
-        columns = []
-        for column in rows.unbind(1):
-            whole = documents.new_full((int(documents.max()) + 1, int(parts.max()) + 1), -1)
-            whole[documents, parts] = _ids(column)
-            columns.append(_ids(whole))
-        return torch.stack(columns, dim=1)
+    @abstractmethod
+    def _histograms(self) -> Iterator[np.ndarray]:
+        """Counts of each pair."""
 
 
-def _ids(symbols: torch.Tensor) -> torch.Tensor:
-    """Number what lies along the first axis: equal numbers for what is equal."""
-    numbers: torch.Tensor = torch.unique(symbols, dim=0, return_inverse=True)[1]
-    return numbers
+class DensePairs(PairHistogram):
+    """State: `pairs` [heads · (heads + 1) / 2, alphabet²], int64."""
+
+    pairs: torch.Tensor
+
+    def __init__(self, num_heads: int, alphabet: int, estimator: str = "plug-in") -> None:
+        super().__init__(num_heads, alphabet, estimator)
+        self.add_state(
+            "pairs", torch.zeros(len(self.pairs_of_heads), alphabet**2, dtype=torch.int64), dist_reduce_fx="sum"
+        )
+
+    def _add(self, columns: torch.Tensor) -> None:
+        # On a processor a histogram of its own stays in the cache, which the whole state does not; on other devices
+        # `bincount` waits for the device.
+        for row, codes in zip(self.pairs, self._codes(columns), strict=True):
+            if codes.device.type == "cpu":
+                row += torch.bincount(codes, minlength=self.alphabet**2)
+            else:
+                row.scatter_add_(0, codes, torch.ones_like(codes))
+
+    def _histograms(self) -> Iterator[np.ndarray]:
+        return iter(self.pairs.cpu().numpy())
+
+
+class SparsePairs(PairHistogram):
+    """State: `codes`, sorted and unique, and their `counts`, int64; the code of a pair starts at pair · alphabet²."""
+
+    codes: list[torch.Tensor]
+    counts: list[torch.Tensor]
+
+    def __init__(self, num_heads: int, alphabet: int, estimator: str = "plug-in") -> None:
+        super().__init__(num_heads, alphabet, estimator)
+        if len(self.pairs_of_heads) * alphabet**2 >= 1 << 63:
+            raise ValueError(f"{num_heads} heads of {alphabet} symbols have more pairs than int64 can number")
+        self.add_state("codes", [], dist_reduce_fx="cat")
+        self.add_state("counts", [], dist_reduce_fx="cat")
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Merge devices that have counted nothing, too."""
+        self._fold()
+        if not self.codes:
+            self.codes, self.counts = ([torch.zeros(0, dtype=torch.int64, device=self.device)] for _ in range(2))
+        super().sync(*args, **kwargs)
+
+    def _patience(self) -> int:
+        # What is counted is merged with as much as there is, so that the merging stays a small part of the work.
+        return max(FOLDED, sum(map(len, self.codes)) // len(self.pairs_of_heads))
+
+    def _add(self, columns: torch.Tensor) -> None:
+        for pair, codes in enumerate(self._codes(columns)):
+            found, counts = torch.unique(codes, return_counts=True)
+            self.codes.append(found + pair * self.alphabet**2)
+            self.counts.append(counts)
+        self._merge()
+
+    def _merge(self) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, counts = dim_zero_cat(self.codes), dim_zero_cat(self.counts)
+        found, place = torch.unique(codes, return_inverse=True)
+        summed = torch.zeros_like(found).scatter_add_(0, place, counts)
+        self.codes, self.counts = [found], [summed]
+        return found, summed
+
+    def _histograms(self) -> Iterator[np.ndarray]:
+        if not len(self.codes):
+            return iter([np.zeros(0, dtype=np.int64)] * len(self.pairs_of_heads))
+        codes, counts = (part.cpu().numpy() for part in self._merge())
+        starts = np.arange(1, len(self.pairs_of_heads)) * self.alphabet**2
+        return iter(np.split(counts, np.searchsorted(codes, starts)))
+
+
+def pair_statistics(symbols: torch.Tensor, kind: str = "plug-in") -> PairStatistics:
+    """What histograms of symbols [observations, heads] would come to, from the symbols themselves."""
+    heads = symbols.shape[1]
+    pairs = list(combinations_with_replacement(range(heads), 2))
+    columns, entropy = columns_of(symbols), estimator(kind)
+    both = torch.zeros(2, heads, heads, dtype=torch.float64)
+    i, j = torch.tensor(pairs).unbind(1)
+    for result, measure in zip(both, (entropy, coverage), strict=True):
+        coalitions = [tuple(sorted({*pair})) for pair in pairs]
+        result[i, j] = result[j, i] = torch.from_numpy(measure_coalitions(columns, coalitions, measure))
+    return PairStatistics(both[0], both[1], len(symbols))

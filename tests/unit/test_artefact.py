@@ -15,10 +15,11 @@ from compressor.artefact import load_scores, save_scores
 from compressor.errors import ArtefactError
 from compressor.types import LayerScores, Scores
 
-FIELDS = ("phi", "entropy", "pair_dividends", "triple_dividends", "first_key_mass", "output_norm")
+FIELDS = ("phi", "entropy", "pair_dividends", "coverage", "first_key_mass", "output_norm")
+OPTIONAL = {"dividends": "3", "triples": "coverage", "values": "marginal", "resampled": "phi"}
 
 
-def layer(heads: int, triples: bool, generator: torch.Generator) -> LayerScores:
+def layer(heads: int, more: bool, generator: torch.Generator) -> LayerScores:
     def draw(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
@@ -27,10 +28,14 @@ def layer(heads: int, triples: bool, generator: torch.Generator) -> LayerScores:
         phi=draw(heads),
         entropy=draw(heads),
         pair_dividends=draw(heads, heads).T,  # not contiguous
-        triple_dividends=draw(count) if triples else None,
+        coverage=draw(heads, heads),
         first_key_mass=draw(heads),
         output_norm=draw(heads),
         observations=1234567890123,
+        dividends={"3": draw(count), "4": draw(1)} if more else {},
+        triples={"coverage": draw(count)} if more else {},
+        values={"marginal": draw(heads)} if more else {},
+        resampled={"phi": draw(5, heads)} if more else {},
     )
 
 
@@ -57,11 +62,12 @@ def test_scores_come_back_as_they_were(scores: Scores, tmp_path: Path) -> None:
         assert after.observations == before.observations
         for field in FIELDS:
             expected, found = getattr(before, field), getattr(after, field)
-            if expected is None:
-                assert found is None
-            else:
-                assert found.dtype == torch.float64
-                assert torch.equal(found, expected)
+            assert found.dtype == torch.float64
+            assert torch.equal(found, expected)
+        for field in OPTIONAL:
+            expected, found = getattr(before, field), getattr(after, field)
+            assert expected.keys() == found.keys()
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_the_same_scores_give_the_same_bytes(scores: Scores, tmp_path: Path) -> None:
@@ -78,9 +84,9 @@ def test_the_same_scores_give_the_same_bytes(scores: Scores, tmp_path: Path) -> 
 def test_the_tensors_have_the_documented_names(scores: Scores, tmp_path: Path) -> None:
     save_scores(scores, tmp_path)
     expected = {f"layers.{index}.{field}" for index in range(3) for field in (*FIELDS, "observations")}
-    expected -= {"layers.1.triple_dividends", "layers.2.triple_dividends"}
+    expected |= {f"layers.0.{field}.{key}" for field, key in OPTIONAL.items()} | {"layers.0.dividends.4"}
     assert set(load_file(tmp_path / "scores.safetensors")) == expected
-    assert json.loads((tmp_path / "scores.json").read_text())["schema_version"] == 2
+    assert json.loads((tmp_path / "scores.json").read_text())["schema_version"] == 3
 
 
 def test_one_head_more_or_less_is_damage(scores: Scores, tmp_path: Path) -> None:

@@ -641,22 +641,22 @@ def test_json_is_one_document_and_says_what_the_files_say(
 
     def assert_score(document: dict[str, Any], folder: Path) -> None:
         facts = json.loads((folder / "scores.json").read_text())
-        assert facts == {**document["facts"], "schema_version": 2, "num_layers": len(document["layers"])}
+        assert facts == {**document["facts"], "schema_version": 3, "num_layers": len(document["layers"])}
         tensors = load_file(folder / "scores.safetensors")
         for index, layer in enumerate(document["layers"]):
             assert layer["layer"] == index
             for field in ("phi", "entropy", "first_key_mass", "output_norm"):
                 assert torch.equal(torch.tensor(layer[field], dtype=torch.float64), tensors[f"layers.{index}.{field}"])
             assert layer["observations"] == int(tensors[f"layers.{index}.observations"])
-        triples = tensors["layers.0.triple_dividends"]
-        told = document["layers"][0]["triples"]
+        triples = tensors["layers.0.dividends.3"]
+        told = document["layers"][0]["dividends"]["3"]
         assert (told["count"], told["negative"]) == (4, int((triples < 0).sum()))
         assert told["positive"] == int((triples > 0).sum())
         assert told["mean"] == pytest.approx(float(triples.numpy().mean()))
         pairs = tensors["layers.1.pair_dividends"].numpy()
         assert document["layers"][1]["mean_pair_dividend"] == pytest.approx(pairs.sum() / 12)
-        assert document["layers"][1]["triples"] is None
-        assert "layers.1.triple_dividends" not in tensors
+        assert document["layers"][1]["dividends"] == {}
+        assert "layers.1.dividends.3" not in tensors
 
     def without(document: dict[str, Any], *names: str) -> dict[str, Any]:
         return {name: value for name, value in document.items() if name not in names}

@@ -1,5 +1,7 @@
 """Criteria on hand-made scores, whose values are written down here a second time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from compressor.criteria import registry as registry_module
 from compressor.errors import RecipeError
 from compressor.types import HeadScores, LayerScores, Scores
 
-NAMES = {"gt-fep", "entropy", "bos-sink", "magnitude", "random"}
+ASKED = {"third-order", "eta", "shapley", "marginal"}  # which a scoring run computes only when asked
+NAMES = ASKED | {"gt-fep", "entropy", "second-order", "bos-sink", "magnitude", "random"}
 
 
 def layer(phi: list[float], entropy: list[float], mass: list[float], norm: list[float]) -> LayerScores:
@@ -16,7 +19,8 @@ def layer(phi: list[float], entropy: list[float], mass: list[float], norm: list[
         return torch.tensor(values, dtype=torch.float64)
 
     pairs = torch.zeros(len(phi), len(phi), dtype=torch.float64)
-    return LayerScores(vector(phi), vector(entropy), pairs, None, vector(mass), vector(norm), 10)
+    values = {name: vector(phi) + place for place, name in enumerate(sorted(ASKED))} if phi else {}
+    return LayerScores(vector(phi), vector(entropy), pairs, pairs, vector(mass), vector(norm), 10, values=values)
 
 
 SCORES = Scores(
@@ -40,6 +44,11 @@ def scratch(monkeypatch):
     [
         ("gt-fep", ((3.0, 1.5, 2.0), (), (4.0,))),
         ("entropy", ((0.5, 0.25, 1.0), (), (2.0,))),
+        ("second-order", ((-2.0, -1.0, 0.0), (), (0.0,))),  # H − (φ − H)
+        ("eta", ((3.0, 1.5, 2.0), (), (4.0,))),
+        ("marginal", ((4.0, 2.5, 3.0), (), (5.0,))),
+        ("shapley", ((5.0, 3.5, 4.0), (), (6.0,))),
+        ("third-order", ((6.0, 4.5, 5.0), (), (7.0,))),
         ("bos-sink", ((0.25, 1.0, 0.0), (), (0.5,))),
         ("magnitude", ((7.0, 8.0, 9.0), (), (6.0,))),
     ],
@@ -59,6 +68,20 @@ def test_every_criterion_scores_every_head():
         assert entry(SCORES).heads_per_layer == (3, 0, 1)
         assert entry.summary
         assert "\n" not in entry.summary
+
+
+@pytest.mark.parametrize("name", sorted(ASKED))
+def test_values_that_were_not_asked_for_are_named(name):
+    bare = Scores(tuple(replace(layer, values={}) for layer in SCORES.layers), {})
+    assert not criterion(name).answered_by(bare)
+    assert criterion(name).answered_by(SCORES)
+    with pytest.raises(RecipeError, match=f"score again with --values {name}") as caught:
+        criterion(name)(bare)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_what_is_counted_is_worth_what_the_counts_are():
+    assert {entry.name for entry in criteria() if not entry.counted} == {"bos-sink", "magnitude", "random"}
 
 
 def test_random_is_the_same_for_a_seed_and_different_over_seeds():

@@ -163,10 +163,9 @@ def test_scores_are_what_the_attention_matrices_say(here: Path, models: dict[str
                 - entropy(i, j, k)
                 for i, j, k in itertools.combinations(heads, 3)
             ]
-            assert found.triple_dividends is not None
-            assert found.triple_dividends.tolist() == pytest.approx(triples, abs=1e-9)
+            assert found.dividends["3"].tolist() == pytest.approx(triples, abs=1e-9)
         else:
-            assert found.triple_dividends is None
+            assert not found.dividends
 
 
 def test_the_facts_tell_what_was_counted(scored: pipeline.ScoreRun, models: dict[str, str], texts: str) -> None:

@@ -11,13 +11,16 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AttentionInterface
 
+from compressor.analysis import Analysis
 from compressor.attention import AttentionProbe, attention_layers, prune_heads
 from compressor.callbacks import HeadScoring, scoring
 from compressor.callbacks.scoring import FirstKeyMass
+from compressor.callbacks.tables import SymbolTable
+from compressor.confidence import is_saturated
 from compressor.criteria import criteria
 from compressor.errors import CompressorError, DataError, RecipeError
+from compressor.game.counts import PairHistogram
 from compressor.module import LanguageModel
-from compressor.scoring import is_saturated
 from compressor.trainer import run_scoring
 from compressor.types import Scores
 
@@ -40,7 +43,10 @@ class Batches(L.LightningDataModule):
 def score():
     """Score a model over batches: → one LayerScores per layer."""
 
-    def run(model, batches, *, alphabet: int = 16, device: torch.device = CPU, layers=None, **settings):
+    def run(
+        model, batches, *, alphabet: int = 16, device: torch.device = CPU, layers=None, triple_layers=(0,), **settings
+    ):
+        settings.setdefault("analysis", Analysis(layers=tuple(triple_layers)))
         callback = HeadScoring(layers or attention_layers(model), alphabet, **settings)
         module = LanguageModel(model, "masked" if model.config.model_type in MASKED else "causal")
         run_scoring(module, Batches(*batches), callback, device)
@@ -82,7 +88,7 @@ def observed(attentions, batches, symbol: str) -> list[tuple[np.ndarray, np.ndar
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "llama"])
 @pytest.mark.parametrize("symbol", ["key", "offset", "sequence"])
-@pytest.mark.parametrize("storage", ["dense", "table"])
+@pytest.mark.parametrize("storage", ["dense", "sparse"])
 def test_scores_are_those_of_counts_by_numpy(
     build, batches, score, eager_attentions, monkeypatch, kind, symbol, storage
 ):
@@ -111,7 +117,7 @@ def test_scores_are_those_of_counts_by_numpy(
             - entropy(flat[:, [i, j, k]].reshape(len(flat), -1))
             for i, j, k in combinations(range(heads), 3)
         ]
-        assert layer.triple_dividends.tolist() == pytest.approx(triples, abs=1e-10)
+        assert layer.dividends["3"].tolist() == pytest.approx(triples, abs=1e-10)
         assert layer.first_key_mass.tolist() == pytest.approx(mass.tolist(), rel=1e-4, abs=1e-6)
         assert {tensor.dtype for tensor in (layer.phi, layer.entropy, layer.first_key_mass)} == {torch.float64}
 
@@ -131,44 +137,48 @@ def test_left_padded_batches_are_scored_too(build, make_batch, score, eager_atte
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("symbol", ["key", "offset"])
-def test_dense_and_table_storage_give_the_same_bits(build, batches, score, monkeypatch, kind, symbol):
-    model = build(kind, dtype=torch.float32)
-
-    def never(self, symbols):
-        raise AssertionError("the other storage")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring, "free_memory", lambda device: 2**40)
-        tables = []
-        keep = scoring.SymbolTable.update
-        patch.setattr(scoring.SymbolTable, "update", lambda self, symbols: (tables.append(1), keep(self, symbols))[1])
-        dense = score(model, batches, symbol=symbol, triple_layers=[1])
-        assert len(tables) == len(batches)  # for the triples of one layer only
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring, "free_memory", lambda device: 0)
-        patch.setattr(scoring.PairHistogram, "update", never)
-        table = score(model, batches, symbol=symbol, triple_layers=[1])
-    for left, right in zip(dense, table, strict=True):
+def test_dense_and_sparse_storage_give_the_same_bits(build, batches, score, kind, symbol):
+    """Symbols past the budget go by way of the disk, too."""
+    model, settings = build(kind, dtype=torch.float32), {"symbol": symbol, "triple_layers": [1]}
+    dense, sparse = (score(model, batches, memory_budget=budget, **settings) for budget in (2**30, 1))
+    for left, right in zip(dense, sparse, strict=True):
         assert left.observations == right.observations
-        for name in ("phi", "entropy", "pair_dividends", "first_key_mass", "output_norm"):
+        for name in ("phi", "entropy", "pair_dividends", "coverage", "first_key_mass", "output_norm"):
             assert torch.equal(getattr(left, name), getattr(right, name)), name
-    assert dense[0].triple_dividends is table[0].triple_dividends is None
-    assert torch.equal(dense[1].triple_dividends, table[1].triple_dividends)
+    assert dense[0].dividends == sparse[0].dividends == {}
+    assert torch.equal(dense[1].dividends["3"], sparse[1].dividends["3"])
 
 
 def test_storage_is_dense_while_it_fits_a_quarter_of_the_free_memory(build, make_batch, score, monkeypatch):
-    """GPT-2: two layers of 4 + 6 · 16 rows of 16 eight-byte counts."""
-    needed = 2 * 8 * 16 * (4 + 6 * 16)
+    """GPT-2: two layers of ten pairs, a head with itself being one, of 16² eight-byte counts."""
+    needed = 2 * 8 * 10 * 16**2
     model, used = build("gpt2", dtype=torch.float32), []
-    count = scoring.PairHistogram.update
+    make = PairHistogram.of
     monkeypatch.setattr(
-        scoring.PairHistogram, "update", lambda self, symbols: (used.append(1), count(self, symbols))[1]
+        PairHistogram, "of", staticmethod(lambda *sizes, **how: (used.append(how["dense"]), make(*sizes, **how))[1])
     )
     for free, dense in ((4 * needed, True), (4 * needed - 4, False)):
-        used.clear()
         monkeypatch.setattr(scoring, "free_memory", lambda device, free=free: free)
         score(model, [make_batch()], triple_layers=[])
-        assert bool(used) is dense
+        assert used[-2:] == [dense, dense]
+
+
+def test_symbols_are_kept_only_where_pairs_are_not_enough(build, batches, score, monkeypatch):
+    kept = []
+    keep = SymbolTable.update
+    monkeypatch.setattr(SymbolTable, "update", lambda self, symbols: (kept.append(1), keep(self, symbols))[1])
+    model = build("gpt2", dtype=torch.float32)
+    for analysis, tables in (
+        (Analysis(layers=()), 0),
+        (Analysis(layers=(1,)), 1),
+        (Analysis(layers=(0, 1), order=2), 0),
+        (Analysis(layers=(), coalitions=(((0, 1), (0, 2)),)), 1),
+        (Analysis(layers=(), values=("marginal",)), 2),
+        (Analysis(layers=(), resamples=2), 2),
+    ):
+        kept.clear()
+        score(model, batches, analysis=analysis)
+        assert len(kept) == tables * len(batches)
 
 
 def test_the_machine_tells_its_free_memory():
@@ -298,7 +308,7 @@ def test_distinct_documents_saturate_sequence_symbols(build, score):
         assert layer.observations == 64
         assert layer.entropy.eq(ceiling).all()
         assert layer.pair_dividends.eq(ceiling * (1 - torch.eye(4, dtype=torch.float64))).all()
-        assert layer.triple_dividends.tolist() == pytest.approx([-math.log(64)] * 4)
+        assert layer.dividends["3"].tolist() == pytest.approx([-math.log(64)] * 4)
         assert is_saturated(layer)
 
 
@@ -319,12 +329,12 @@ def test_one_observation_is_not_called_saturated(build, score):
 def test_layers_without_heads_keep_their_place(build, batches, score):
     model = prune_heads(build("gpt2", dtype=torch.float32), {0: range(4)}, allow_empty=True)
     empty, rest = score(model, batches, triple_layers=[0, 1])
-    assert (empty.observations, empty.triple_dividends) == (0, None)
+    assert (empty.observations, empty.dividends) == (0, {})
     assert empty.phi.shape == empty.entropy.shape == empty.first_key_mass.shape == empty.output_norm.shape == (0,)
     assert empty.pair_dividends.shape == (0, 0)
     assert not is_saturated(rest)
     assert rest.phi.shape == (4,)
-    for entry in criteria():
+    for entry in (entry for entry in criteria() if entry.needs is None):
         assert entry(Scores((empty, rest), {})).heads_per_layer == (0, 4)
 
 
@@ -333,7 +343,7 @@ def test_an_empty_layer_is_not_saturated(build, batches, score):
     assert not is_saturated(score(model, batches)[0])
 
 
-@pytest.mark.parametrize("storage", ["dense", "table"])
+@pytest.mark.parametrize("storage", ["dense", "sparse"])
 @pytest.mark.parametrize("kept", [1, 2])
 def test_layers_of_one_or_two_heads(build, batches, score, eager_attentions, monkeypatch, storage, kept):
     dense = build("gpt2", dtype=torch.float32)
@@ -344,16 +354,16 @@ def test_layers_of_one_or_two_heads(build, batches, score, eager_attentions, mon
     layer, _ = score(model, batches)
     assert layer.phi.shape == layer.entropy.shape == layer.first_key_mass.shape == layer.output_norm.shape == (kept,)
     assert layer.pair_dividends.shape == (kept, kept)
-    assert layer.triple_dividends.shape == (0,)
+    assert layer.dividends["3"].shape == (0,)
     assert layer.entropy.tolist() == pytest.approx([entropy(symbols[:, head]) for head in range(kept)])
     assert layer.first_key_mass.tolist() == pytest.approx(mass[:kept].tolist(), rel=1e-4)
     if kept == 1:
         assert torch.equal(layer.phi, layer.entropy)
-    for entry in criteria():
+    for entry in (entry for entry in criteria() if entry.needs is None):
         assert entry(Scores((layer,), {})).heads_per_layer == (kept,)
 
 
-@pytest.mark.parametrize("storage", ["dense", "table"])
+@pytest.mark.parametrize("storage", ["dense", "sparse"])
 def test_pruned_models_with_uneven_groups_are_scored(build, batches, score, eager_attentions, monkeypatch, storage):
     dense = build("llama", dtype=torch.float32)
     with eager_attentions(dense) as attentions, torch.no_grad():
@@ -371,7 +381,7 @@ def test_an_uneven_model_can_be_trained_after_scoring(build, batches, score):
     model(ids, labels=ids).loss.backward()
 
 
-@pytest.mark.parametrize("storage", ["dense", "table"])
+@pytest.mark.parametrize("storage", ["dense", "sparse"])
 def test_nothing_to_score_is_said_in_one_line(build, score, monkeypatch, storage):
     monkeypatch.setattr(scoring, "free_memory", lambda device: 2**40 if storage == "dense" else 0)
     padding = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}
@@ -408,7 +418,7 @@ def test_other_layouts_are_scored_by_what_transformers_hands_out(build, batches,
         assert layer.first_key_mass.tolist() == pytest.approx(mass.tolist(), rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("storage", ["dense", "table"])
+@pytest.mark.parametrize("storage", ["dense", "sparse"])
 def test_every_use_of_a_shared_layer_is_observed(build, batches, score, eager_attentions, monkeypatch, storage):
     """ALBERT applies one layer several times: each token is as many observations of the same heads."""
     model = build("albert", dtype=torch.float32, num_hidden_layers=3)
@@ -440,7 +450,7 @@ def test_the_uses_of_a_shared_layer_make_one_tuple(build, batches, score, eager_
 @pytest.mark.parametrize("triple_layers", [[2], [0, -1], [99]])
 def test_triple_layers_that_do_not_exist_are_refused(build, triple_layers):
     with pytest.raises(RecipeError, match="the model has layers 0 to 1"):
-        HeadScoring(attention_layers(build("gpt2")), 16, triple_layers=triple_layers)
+        HeadScoring(attention_layers(build("gpt2")), 16, analysis=Analysis(layers=tuple(triple_layers)))
 
 
 def test_unknown_symbols_are_refused(build):

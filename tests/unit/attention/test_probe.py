@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import math
 import weakref
 from functools import partial
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, Gemma2Config, Gemma2ForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -53,12 +51,12 @@ def column_of_first(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 @KINDS
 @PADDINGS
-@pytest.mark.parametrize("block", [1, 4, 128])
+@pytest.mark.parametrize("scratch", [1, 500, None])
 def test_symbols_and_first_key_mass_equal_eager_attention(
-    build, make_batch, eager_attentions, monkeypatch, kind, padding, block
+    build, make_batch, eager_attentions, monkeypatch, kind, padding, scratch
 ):
     """In float32, in which the eager attention of all these models computes its softmax."""
-    monkeypatch.setattr(probing, "attended_keys", partial(attended_keys, block=block))
+    monkeypatch.setattr(probing, "attended_keys", partial(attended_keys, scratch=scratch))
     model, batch = build(kind, dtype=torch.float32), make_batch(padding)
     mask = batch["attention_mask"]
     with eager_attentions(model) as attentions, torch.no_grad():
@@ -237,100 +235,15 @@ def test_capped_scores_are_watched_as_they_are(make_batch, padding):
         assert torch.equal(real(observed[index].key, mask), real(weights.argmax(-1), mask))
 
 
-def brute_force(query, key, mask, scaling):
-    """Keys and masses, one query and one key at a time, in Python floats."""
-    batch, heads, queries, _ = query.shape
-    group = heads // key.shape[1]
-    best = torch.zeros(batch, heads, queries, dtype=torch.long)
-    first = torch.zeros(batch, heads, queries, dtype=torch.float64)
-    for b in range(batch):
-        for h in range(heads):
-            for t in range(queries):
-                scores = [
-                    sum(float(x) * float(y) for x, y in zip(query[b, h, t], key[b, h // group, k], strict=True))
-                    * scaling
-                    if mask[b, t, k]
-                    else -math.inf
-                    for k in range(key.shape[2])
-                ]
-                best[b, h, t] = scores.index(max(scores))
-                total = sum(math.exp(score - max(scores)) for score in scores)
-                first[b, h, t] = math.exp(scores[0] - max(scores)) / total
-    return best, first
-
-
-@pytest.mark.parametrize("block", [1, 3, 7, 100])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_attended_keys_against_brute_force(block, causal, dtype):
-    """bfloat16 inputs are scored in float32: the products of their values are exact there."""
-    generator = torch.Generator().manual_seed(7)
-    query = torch.randn(2, 4, 7, 6, generator=generator).to(dtype)
-    key = torch.randn(2, 2, 7, 6, generator=generator).to(dtype)
-    see = torch.ones(2, 7, 7, dtype=torch.bool)
-    expected_key, expected_first = brute_force(query, key, see.tril() if causal else see, 0.7)
-    found = attended_keys(query, key, None, scaling=0.7, causal=causal, block=block)
-    assert torch.equal(found.key, expected_key)
-    assert torch.allclose(found.first.double(), expected_first, atol=1e-5)
-
-
-@pytest.mark.parametrize("block", [2, 5, 64])
-@pytest.mark.parametrize("form", ["boolean", "additive", "bfloat16"])
-def test_masks_of_both_forms_equal_the_causal_default(block, form):
-    generator = torch.Generator().manual_seed(1)
-    query, key = torch.randn(2, 3, 9, 4, generator=generator), torch.randn(2, 3, 9, 4, generator=generator)
-    see = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
-    mask = see
-    if form != "boolean":
-        dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
-        mask = torch.zeros(1, 1, 9, 9, dtype=dtype).masked_fill(~see, torch.finfo(dtype).min)
-    expected = attended_keys(query, key, None, causal=True)
-    found = attended_keys(query, key, mask, block=block)
-    assert torch.equal(found.key, expected.key)
-    assert torch.allclose(found.first, expected.first)
-
-
-@pytest.mark.parametrize("block", [2, 64])
-def test_a_mask_may_be_broadcast_over_the_queries(block):
-    """[batch, 1, 1, keys] is broadcastable to [batch, heads, queries, keys]: what an encoder's padding is."""
-    generator = torch.Generator().manual_seed(2)
-    query, key = torch.randn(2, 3, 5, 4, generator=generator), torch.randn(2, 3, 5, 4, generator=generator)
-    see = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)[:, None, None]
-    whole = attended_keys(query, key, see.expand(2, 1, 5, 5))
-    assert torch.equal(attended_keys(query, key, see, block=block).key, whole.key)
-
-
-def test_the_default_scaling_is_one_over_the_root_of_the_dimension():
-    query, key = torch.randn(1, 1, 3, 16), torch.randn(1, 1, 3, 16)
-    weights = torch.softmax(query @ key.transpose(-1, -2) / 4, -1)
-    assert torch.allclose(attended_keys(query, key, None).first, weights[..., 0])
-
-
-@pytest.mark.parametrize("block", [1, 2, 128])
-def test_ties_go_to_the_lowest_index(block):
-    """Equal keys give equal scores: with one key for all every query takes the first one it may see."""
-    query = torch.randn(1, 2, 6, 4, generator=torch.Generator().manual_seed(0))
-    same = torch.ones(1, 2, 6, 4)
-    assert attended_keys(query, same, None, block=block).key.eq(0).all()
-    assert attended_keys(query, same, None, causal=True, block=block).key.eq(0).all()
-    pad = torch.tensor([0, 0, 1, 1, 1, 1], dtype=torch.bool).expand(1, 1, 6, 6)
-    assert attended_keys(query, same, pad, block=block).key.eq(2).all()
-    repeated = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0])[None, None, :, None].expand(1, 2, 6, 4)
-    assert attended_keys(torch.ones(1, 2, 6, 4), repeated, None, block=block).key.eq(1).all()
-    assert torch.allclose(attended_keys(query, same, None, block=block).first, torch.tensor(1 / 6))
-
-
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_the_first_key_is_the_first_real_one(padding):
-    query, key = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
-    first = torch.tensor([0, 2])
-    found = attended_keys(query, key, None, first_key=first)
-    weights = torch.softmax(query @ key.transpose(-1, -2) / 2, -1)
-    assert torch.allclose(found.first[0], weights[0, ..., 0])
-    assert torch.allclose(found.first[1], weights[1, ..., 2])
-
-
 # --- symbols
+
+
+def where_real(mask: torch.Tensor) -> torch.Tensor:
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def symbols_of(key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return token_symbols(key, mask, "key", where_real(mask))
 
 
 def by_hand(key: torch.Tensor, lengths: list[int], symbol: str):
@@ -362,7 +275,7 @@ def test_symbols_do_not_depend_on_the_padding(data):
                 true[row, head, query] = position
                 padded[row, head, shift + query] = shift + position
     for symbol in ("key", "offset"):
-        assert token_symbols(padded, mask, symbol).tolist() == by_hand(true, lengths, symbol)
+        assert token_symbols(padded, mask, symbol, where_real(mask)).tolist() == by_hand(true, lengths, symbol)
     tuples = sequence_symbols(padded, mask, width)
     assert tuples.shape == (len(lengths), heads, width)
     for row, length in enumerate(lengths):
@@ -383,12 +296,17 @@ def test_a_model_of_relative_positions_sees_the_same_symbols_wherever_the_paddin
     for index in (0, 1):
         alone = torch.cat(
             [
-                token_symbols(watch(model, {"input_ids": row[None, :length]})[index].key, torch.ones(1, length), "key")
+                token_symbols(
+                    watch(model, {"input_ids": row[None, :length]})[index].key,
+                    torch.ones(1, length),
+                    "key",
+                    torch.arange(int(length)),
+                )
                 for row, length in zip(batch["input_ids"], lengths, strict=True)
             ]
         )
-        assert torch.equal(token_symbols(right_seen[index].key, batch["attention_mask"], "key"), alone)
-        assert torch.equal(token_symbols(left_seen[index].key, left["attention_mask"], "key"), alone)
+        assert torch.equal(symbols_of(right_seen[index].key, batch["attention_mask"]), alone)
+        assert torch.equal(symbols_of(left_seen[index].key, left["attention_mask"]), alone)
 
 
 # --- the model is left as it was
@@ -579,44 +497,3 @@ def test_a_query_behind_a_cache_sees_the_whole_cache(build, make_batch):
     step = watch(model, {"input_ids": ids[:, -1:], "past_key_values": cache, "use_cache": True})
     for index in whole:
         assert torch.equal(step[index].key[..., 0], whole[index].key[..., -1])
-
-
-class Largest(TorchDispatchMode):
-    """Remember the biggest tensor that any operation makes, and whether one was [.., tokens, tokens]."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.elements = 0
-        self.square: list[torch.Size] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-                if tensor.ndim >= 2 and tensor.shape[-2] >= self.tokens <= tensor.shape[-1]:
-                    self.square.append(tensor.shape)
-        return result
-
-
-def test_no_matrix_of_all_scores_ever_exists():
-    heads, tokens, block = 4, 512, 64
-    query, key = torch.randn(1, heads, tokens, 8), torch.randn(1, 2, tokens, 8)
-    with Largest(tokens) as largest:
-        attended_keys(query, key, None, causal=True, block=block)
-    assert largest.elements == heads * block * tokens
-    assert not largest.square
-    with Largest(tokens) as whole:
-        attended_keys(query, key, None, causal=True, block=tokens)
-    assert whole.square  # the detector works
-
-
-def test_a_whole_model_under_the_probe_makes_no_matrix_of_scores(build, monkeypatch):
-    monkeypatch.setattr(probing, "attended_keys", partial(attended_keys, block=64))
-    model = build("llama", dtype=torch.float32, max_position_embeddings=512)
-    ids = torch.randint(3, 37, (1, 512), generator=torch.Generator().manual_seed(0))
-    with AttentionProbe(model, attention_layers(model)), Largest(512) as largest, torch.no_grad():
-        model.model(ids, use_cache=False)
-    assert largest.elements == 6 * 64 * 512
-    assert not largest.square

@@ -1,8 +1,10 @@
 """Accumulated counts against one pass over bare arrays: bit for bit, however the observations arrive."""
 
 import copy
-import math
-from itertools import pairwise
+import os
+import subprocess
+import sys
+from itertools import combinations_with_replacement, pairwise
 
 import numpy as np
 import pytest
@@ -10,10 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.game import pair_entropies, triple_entropies
-from compressor.game.counts import PairHistogram, SymbolTable, TupleTable
+from compressor.game import counts, pair_entropies
+from compressor.game.counts import DensePairs, PairHistogram, PairStatistics, SparsePairs, pair_statistics
+from compressor.game.estimators import ESTIMATORS
+from tests.conftest import ROOT
+from tests.unit.game.reference import counts_of, joint
 
 ALPHABET = 9
+BOTH = pytest.mark.parametrize("kind", [DensePairs, SparsePairs])
 
 
 def symbols(observations: int, heads: int, seed: int = 0) -> torch.Tensor:
@@ -30,165 +36,348 @@ def filled(metric, parts):
     return metric
 
 
+def same(left: PairStatistics, right: PairStatistics) -> bool:
+    """Bit for bit."""
+    assert left.entropies.dtype == left.coverage.dtype == torch.float64
+    assert left.entropies.shape == right.entropies.shape
+    equal = torch.equal(left.entropies, right.entropies) and torch.equal(left.coverage, right.coverage)
+    return equal and left.observations == right.observations
+
+
+def table_of(metric: PairHistogram) -> np.ndarray:
+    """Counts [pairs, alphabet, alphabet], however they are kept."""
+    metric.compute()
+    if isinstance(metric, DensePairs):
+        return metric.pairs.numpy().reshape(-1, metric.alphabet, metric.alphabet)
+    table = np.zeros((len(metric.pairs_of_heads), metric.alphabet, metric.alphabet), dtype=np.int64)
+    (codes,), (found,) = metric.codes, metric.counts
+    assert (np.diff(codes) > 0).all()
+    assert (found > 0).all()
+    table.reshape(-1)[codes] = found
+    return table
+
+
+# --- the same numbers every way -------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("heads", [1, 2, 3, 6])
 @pytest.mark.parametrize("observations", [1, 2, 257])
-def test_histogram_table_and_bare_arrays_give_the_same_bits(heads, observations):
+def test_dense_sparse_and_bare_arrays_give_the_same_bits(heads, observations):
     rows = symbols(observations, heads)
-    expected = pair_entropies(rows.numpy())
-    assert torch.equal(filled(SymbolTable(), [rows]).pair_entropies(), expected)
-    assert torch.equal(filled(PairHistogram(heads, ALPHABET), [rows]).pair_entropies(), expected)
-    assert expected.dtype == torch.float64
+    after = pair_statistics(rows)
+    assert torch.equal(after.entropies, pair_entropies(rows.numpy()))
+    assert after.observations == observations
+    for dense in (True, False):
+        metric = PairHistogram.of(heads, ALPHABET, dense=dense)
+        assert isinstance(metric, DensePairs if dense else SparsePairs)
+        assert same(filled(metric, [rows]).statistics(), after)
 
 
-def test_histograms_are_the_counts_of_numpy():
+@BOTH
+def test_entropies_and_coverage_are_those_of_a_dictionary(kind):
+    rows = symbols(150, 3)
+    found = filled(kind(3, ALPHABET), rows.split(40)).statistics()
+    for i, j in combinations_with_replacement(range(3), 2):
+        once = sum(count == 1 for count in counts_of(rows, {i, j}).values())
+        for a, b in ((i, j), (j, i)):
+            assert found.entropies[a, b].item() == pytest.approx(joint(rows, {i, j}), abs=1e-13)
+            assert found.coverage[a, b].item() == pytest.approx(1 - once / 150, abs=1e-13)
+    assert found.coverage.min() < 1
+
+
+@BOTH
+def test_counts_are_those_of_numpy(kind):
     rows = symbols(300, 3)
-    metric = filled(PairHistogram(3, ALPHABET), [rows])
-    for head in range(3):
-        assert np.array_equal(metric.singles[head].numpy(), np.bincount(rows[:, head], minlength=ALPHABET))
-    for index, (i, j) in enumerate([(0, 1), (0, 2), (1, 2)]):
+    table = table_of(filled(kind(3, ALPHABET), rows.split(70)))
+    for histogram, (i, j) in zip(table, combinations_with_replacement(range(3), 2), strict=True):
         expected = np.histogram2d(rows[:, i], rows[:, j], bins=ALPHABET, range=[[0, ALPHABET], [0, ALPHABET]])[0]
-        assert np.array_equal(metric.pairs[index].numpy(), expected)
+        assert np.array_equal(histogram, expected)
+        if i == j:
+            assert np.array_equal(histogram.diagonal(), np.bincount(rows[:, i], minlength=ALPHABET))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     heads=st.integers(1, 4),
     cuts=st.lists(st.integers(0, 120), max_size=5),
     seed=st.integers(0, 5),
+    patience=st.sampled_from([1, 7, 50, 1 << 15]),
     order=st.randoms(use_true_random=False),
 )
-def test_any_split_into_batches_in_any_order_gives_the_same_bits(heads, cuts, seed, order):
+def test_any_split_into_batches_in_any_order_gives_the_same_bits(heads, cuts, seed, patience, order):
     rows = symbols(120, heads, seed)
     bounds = [0, *sorted(cuts), 120]
     parts = [rows[start:stop] for start, stop in pairwise(bounds)]  # some are empty
     order.shuffle(parts)
-    expected = pair_entropies(rows)
-    assert torch.equal(filled(SymbolTable(), parts).pair_entropies(), expected)
-    assert torch.equal(filled(PairHistogram(heads, ALPHABET), parts).pair_entropies(), expected)
+    expected = pair_statistics(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counts, "FOLDED", patience)
+        for kind in (DensePairs, SparsePairs):
+            assert same(filled(kind(heads, ALPHABET), parts).statistics(), expected)
 
 
-@pytest.mark.parametrize("make", [lambda: PairHistogram(3, ALPHABET), SymbolTable], ids=["histogram", "table"])
-def test_merging_devices_equals_one_pass(make):
+@BOTH
+def test_observations_do_not_pile_up(kind, monkeypatch):
+    """Whenever there are enough they are counted; sparse counts wait until the merging is worth it."""
+    monkeypatch.setattr(counts, "FOLDED", 32)
+    metric, waiting = kind(2, ALPHABET), []
+    for part in symbols(3000, 2).split(10):
+        metric.update(part)
+        waiting.append(sum(map(len, metric.pending)))
+    assert max(waiting) < 32 + ALPHABET**2
+    assert waiting.count(0) > 20
+
+
+@BOTH
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_other_estimators(kind, name):
     rows = symbols(200, 3)
-    one, other, whole = filled(make(), [rows[:70]]), filled(make(), [rows[70:150], rows[150:]]), filled(make(), [rows])
-    expected = whole.pair_entropies().clone()
+    found = filled(kind(3, ALPHABET, name), rows.split(60)).statistics()
+    assert same(found, pair_statistics(rows, name))
+    assert torch.equal(found.entropies, pair_entropies(rows, estimator=name))
+    assert torch.equal(found.coverage, pair_statistics(rows).coverage)
+    assert torch.equal(found.entropies, pair_entropies(rows)) == (name == "plug-in")
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_narrow_symbols_do_not_overflow(kind, dtype):
+    rows = torch.tensor([[199, 198], [0, 199], [199, 198], [7, 0]])
+    assert same(filled(kind(2, 200), [rows.to(dtype)]).statistics(), pair_statistics(rows))
+
+
+# --- devices --------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("folded", [False, True], ids=["pending", "counted"])
+def test_merging_devices_equals_one_pass(kind, folded, monkeypatch):
+    if folded:
+        monkeypatch.setattr(counts, "FOLDED", 1)
+    rows = symbols(200, 3)
+    one, other = filled(kind(3, ALPHABET), [rows[:70]]), filled(kind(3, ALPHABET), [rows[70:150], rows[150:]])
     one.merge_state(other)
-    assert torch.equal(one.pair_entropies(), expected)
-    assert one.observations == whole.observations == len(rows)
-    assert torch.equal(expected, pair_entropies(rows))
+    assert same(one.statistics(), pair_statistics(rows))
+    assert same(other.statistics(), pair_statistics(rows[70:]))
 
 
-def test_states_merge_by_the_reductions_they_declare():
+@BOTH
+@pytest.mark.parametrize("idle", [0, 1])
+def test_a_device_that_saw_nothing_adds_nothing(kind, idle):
+    rows = symbols(50, 2)
+    devices = [kind(2, ALPHABET), kind(2, ALPHABET)]
+    devices[idle].update(rows[:0])
+    devices[1 - idle].update(rows)
+    devices[0].merge_state(devices[1])
+    assert same(devices[0].statistics(), pair_statistics(rows))
+
+
+@BOTH
+def test_states_merge_by_the_reductions_they_declare(kind):
     """What torchmetrics does between processes: "sum" over tensors, "cat" over lists, already joined to one tensor."""
     rows = symbols(200, 3)
-    left, right = filled(PairHistogram(3, ALPHABET), [rows[:70]]), filled(PairHistogram(3, ALPHABET), [rows[70:]])
-    merged = filled(PairHistogram(3, ALPHABET), [rows[:0]])
+    left, right, merged = (filled(kind(3, ALPHABET), [part]) for part in (rows[:70], rows[70:], rows[:0]))
+    for metric in (left, right):
+        metric.compute()  # counts what is pending
+        assert not metric.pending
     for name, reduction in merged._reductions.items():
-        setattr(merged, name, reduction(torch.stack([getattr(left, name), getattr(right, name)])))
-    assert torch.equal(merged.pair_entropies(), pair_entropies(rows))
-    tables = [filled(SymbolTable(), [rows[:70]]), filled(SymbolTable(), [rows[70:90], rows[90:]])]
-    joined = filled(SymbolTable(), [rows[:0]])
-    joined.rows = joined._reductions["rows"]([part for table in tables for part in table.rows])
-    assert torch.equal(joined.pair_entropies(), pair_entropies(rows))
-    assert torch.equal(triple_entropies(joined.compute()), triple_entropies(rows))
+        states = [getattr(left, name), getattr(right, name)]
+        if isinstance(states[0], torch.Tensor):
+            setattr(merged, name, reduction(torch.stack(states)))
+        elif joined := [part for state in states for part in state]:
+            setattr(merged, name, reduction(joined))
+    assert same(PairStatistics(*merged.compute.__wrapped__()), pair_statistics(rows))
 
 
-def test_reset_forgets():
-    first, second = symbols(100, 3, seed=1), symbols(80, 3, seed=2)
-    histogram, table = filled(PairHistogram(3, ALPHABET), [first]), filled(SymbolTable(), [first])
-    for metric in (histogram, table):
-        metric.compute()
-        metric.reset()
-        metric.update(second)
-    assert torch.equal(histogram.pair_entropies(), pair_entropies(second))
-    assert torch.equal(table.pair_entropies(), pair_entropies(second))
+DEVICE = """
+import sys
+from datetime import timedelta
+import torch
+from torch import distributed
+from compressor.callbacks.tables import Observations, SymbolTable
+from compressor.game.counts import DensePairs, SparsePairs
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=20)
+)
+makers = {
+    "dense": lambda: DensePairs(3, 9),
+    "sparse": lambda: SparsePairs(3, 9),
+    "table": lambda: SymbolTable(9),
+    "spilled": lambda: SymbolTable(9, 40),
+    "observations": Observations,
+}
+results = {}
+for case, parts in torch.load(f"{folder}/parts.pt").items():
+    for name, make in makers.items():
+        metric, answers = make(), []
+        for batches in parts[rank]:
+            for batch in batches:
+                metric.update(*batch[:, :2].unbind(1)) if name == "observations" else metric.update(batch)
+            answers.append(metric.statistics() if name in ("dense", "sparse") else metric.compute())
+        results[case, name] = [tuple(answer) if isinstance(answer, tuple) else answer for answer in answers]
+        torch.save(results, f"{folder}/{rank}.pt")  # now, for a fault in what follows may end the process
+"""
 
 
-def test_computing_does_not_stop_the_counting():
-    rows = symbols(100, 3)
-    histogram, table = PairHistogram(3, ALPHABET), SymbolTable()
-    for part in rows.split(40):
-        for metric in (histogram, table):
-            metric.update(part)
-            metric.compute()
-    assert torch.equal(histogram.pair_entropies(), pair_entropies(rows))
-    assert torch.equal(table.pair_entropies(), pair_entropies(rows))
-
-
-def test_the_whole_alphabet_can_be_used():
-    rows = torch.tensor([[ALPHABET - 1, 0], [0, ALPHABET - 1], [ALPHABET - 1, ALPHABET - 1]])
-    assert torch.equal(filled(PairHistogram(2, ALPHABET), [rows]).pair_entropies(), pair_entropies(rows))
-
-
-@pytest.mark.parametrize("bad", [-1, ALPHABET])
-def test_symbols_outside_of_the_alphabet_are_not_counted_elsewhere(bad):
-    metric = PairHistogram(2, ALPHABET)
-    with pytest.raises((RuntimeError, ValueError)):
-        metric.update(torch.tensor([[0, bad]]))
-
-
-def test_tables_take_negative_and_large_symbols():
-    rows = symbols(90, 3) - 4
-    assert torch.equal(filled(SymbolTable(), [rows]).pair_entropies(), pair_entropies(rows))
-    for large in (rows + 2**31 - 1 - 4, rows * 2**28, rows * 2**16):
-        assert torch.equal(filled(SymbolTable(), [large]).pair_entropies(), pair_entropies(rows))
-
-
-def test_whole_tuples_are_symbols():
-    """[observations, heads, width]: two tuples are one symbol only if all of their elements are equal."""
-    rows = torch.tensor(
-        [
-            [[0, 1, -1], [5, 5, 5]],
-            [[0, 1, 2], [5, 5, 5]],
-            [[0, 1, -1], [5, 5, 4]],
-            [[1, 0, -1], [4, 5, 5]],
-        ]
-    )
-    table = filled(SymbolTable(), rows.split(1))
-    ids = table.compute()
-    assert ids.shape == (4, 2)
-    assert ids[0, 0] == ids[2, 0]
-    assert len(ids[:, 0].unique()) == 3
-    assert len(ids[:, 1].unique()) == 3
-    half = 2 / 4 * math.log(2) + 2 * 1 / 4 * math.log(4)
-    assert table.pair_entropies()[0, 0].item() == pytest.approx(half)
-    assert table.pair_entropies()[0, 1].item() == pytest.approx(math.log(4))
-
-
-@pytest.mark.parametrize(("heads", "alphabet"), [(1, 5), (2, 5), (12, 256)])
-def test_bytes_are_those_of_the_states(heads, alphabet):
-    metric = PairHistogram(heads, alphabet)
-    state = sum(tensor.numel() * tensor.element_size() for tensor in (metric.singles, metric.pairs))
-    assert PairHistogram.bytes(heads, alphabet) == state
-
-
-def test_copies_count_for_themselves():
-    rows = symbols(50, 2)
-    metric = filled(PairHistogram(2, ALPHABET), [rows])
-    twin = copy.deepcopy(metric)
-    twin.update(symbols(50, 2, seed=3))
-    assert torch.equal(metric.pair_entropies(), pair_entropies(rows))
-
-
-def test_split_documents_are_put_together_again():
-    """A document's symbol is the tuple of its windows' tuples, in their order, whatever the order of arrival."""
-    generator = torch.Generator().manual_seed(3)
-    windows = torch.randint(0, 2, (60, 3, 2), generator=generator)
-    places = torch.tensor([(7 * (index // 3), index % 3) for index in range(60)])
-    keep = places[:, 1] <= torch.randint(0, 3, (20,), generator=generator).repeat_interleave(3)  # one to three windows
-    windows, places = windows[keep], places[keep]
-    documents: dict[int, list[list[object]]] = {}
-    for (document, _), window in zip(places.tolist(), windows.tolist(), strict=True):
-        documents.setdefault(document, []).append(window)
-    table = [
-        [tuple(map(tuple, (window[head] for window in whole))) for head in range(3)] for whole in documents.values()
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two real processes find, by (case, metric): after some batches, and once more after others."""
+    folder = tmp_path_factory.mktemp("devices")
+    rows = symbols(300, 3)
+    first, second = rows[:200], rows[200:]
+    cases = {
+        "uneven": ((first[:30].split(11), second[:60].split(25)), (first[30:].split(50), second[60:].split(7))),
+        "one idle": ((first.split(60), second.split(60)), ((), (rows[:0],))),
+    }
+    torch.save(cases, folder / "parts.pt")
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, "-c", DEVICE, str(rank), str(folder)] for rank in (0, 1)]
+    running = [
+        subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands
     ]
-    numbers = {symbol: number for number, symbol in enumerate(sorted({symbol for row in table for symbol in row}))}
-    expected = pair_entropies(torch.tensor([[numbers[symbol] for symbol in row] for row in table]))
+    try:
+        said = [process.communicate(timeout=120)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
-    shuffled = torch.randperm(len(windows), generator=generator)
-    metric = TupleTable()
-    for part in shuffled.split(13):
-        metric.update(windows[part], places[part])
-    assert metric.observations == len(documents) == 20
-    assert torch.equal(metric.pair_entropies(), expected)
+    def found(case: str, name: str) -> list:
+        """By rank, the answers after some batches and after all."""
+        ranks = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+        assert all((case, name) in results for results in ranks), "".join(said)[-2000:]
+        return [results[case, name] for results in ranks]
+
+    return cases, found
+
+
+CASES = pytest.mark.parametrize("case", ["uneven", "one idle"])
+
+
+@CASES
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_two_processes_count_as_one(two_processes, case, name):
+    """Merging does not stop the counting, and nothing is counted twice."""
+    cases, found = two_processes
+    seen = []
+    for moment in (0, 1):
+        seen += [batch for part in cases[case] for batch in part[moment]]
+        for answers in found(case, name):
+            assert same(PairStatistics(*answers[moment]), pair_statistics(torch.cat(seen)))
+
+
+@CASES
+@pytest.mark.parametrize("name", ["table", "spilled", "observations"])
+def test_two_processes_keep_what_one_keeps(two_processes, case, name):
+    """One device's rows after the other's."""
+    cases, found = two_processes
+    for moment in (0, 1):
+        rows = torch.cat([batch for part in cases[case] for batches in part[: moment + 1] for batch in batches])
+        for answers in found(case, name):
+            assert torch.equal(answers[moment], rows[:, :2] if name == "observations" else rows)
+
+
+# --- the life of a histogram ----------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_reset_forgets(kind, monkeypatch):
+    monkeypatch.setattr(counts, "FOLDED", 60)
+    metric = filled(kind(3, ALPHABET), symbols(100, 3, seed=1).split(70))  # partly counted, partly pending
+    metric.reset()
+    metric.update(symbols(80, 3, seed=2))
+    metric.compute()
+    metric.reset()
+    rows = symbols(90, 3, seed=3)
+    assert same(filled(metric, [rows]).statistics(), pair_statistics(rows))
+
+
+@BOTH
+def test_computing_does_not_stop_the_counting(kind):
+    rows, metric = symbols(100, 3), kind(3, ALPHABET)
+    seen = 0
+    for part in rows.split(40):
+        metric.update(part)
+        seen += len(part)
+        assert same(metric.statistics(), pair_statistics(rows[:seen]))
+        assert same(metric.statistics(), pair_statistics(rows[:seen]))
+
+
+@BOTH
+def test_copies_count_for_themselves(kind):
+    rows, more = symbols(50, 2), symbols(50, 2, seed=3)
+    metric = filled(kind(2, ALPHABET), [rows])
+    metric.compute()
+    twin = copy.deepcopy(metric)
+    twin.update(more)
+    assert same(twin.statistics(), pair_statistics(torch.cat([rows, more])))
+    assert same(metric.statistics(), pair_statistics(rows))
+
+
+@BOTH
+def test_the_batch_is_not_changed(kind):
+    rows = symbols(20, 2)
+    batch = rows.clone()
+    filled(kind(2, ALPHABET), [batch]).compute()
+    assert torch.equal(batch, rows)
+
+
+# --- borders --------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_the_whole_alphabet_can_be_used(kind):
+    rows = torch.tensor([[ALPHABET - 1, 0], [0, ALPHABET - 1], [ALPHABET - 1, ALPHABET - 1]])
+    assert same(filled(kind(2, ALPHABET), [rows]).statistics(), pair_statistics(rows))
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [-1, ALPHABET])
+@pytest.mark.parametrize("head", [0, 1])
+def test_symbols_outside_of_the_alphabet_are_not_counted_elsewhere(kind, bad, head):
+    rows = torch.tensor([[0, 0], [1, 0]])
+    rows[0, head] = bad
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        filled(kind(2, ALPHABET), [rows]).statistics()
+
+
+@BOTH
+def test_nothing_observed(kind):
+    found = filled(kind(2, ALPHABET), [torch.zeros(0, 2, dtype=torch.int64)] * 2).statistics()
+    nothing = torch.zeros(2, 2, dtype=torch.float64)
+    assert same(found, PairStatistics(nothing, nothing, 0))
+
+
+@BOTH
+@pytest.mark.parametrize("observations", [1, 2, 40])
+def test_one_head(kind, observations):
+    rows = symbols(observations, 1)
+    found = filled(kind(1, ALPHABET), [rows]).statistics()
+    assert found.entropies.shape == found.coverage.shape == (1, 1)
+    assert same(found, pair_statistics(rows))
+    assert found.entropies[0, 0].item() == pytest.approx(joint(rows, [0]), abs=1e-13)
+
+
+@BOTH
+def test_an_alphabet_of_one(kind):
+    found = filled(kind(2, 1), [torch.zeros(5, 2, dtype=torch.int64)]).statistics()
+    assert found.entropies.eq(0).all()
+    assert found.coverage.eq(1).all()
+    assert found.observations == 5
+
+
+def test_sparse_codes_that_int64_cannot_number_are_refused():
+    """Two heads have three pairs: 3 · 2⁶² is too much, 3 · 2⁶⁰ is not."""
+    with pytest.raises(ValueError, match="more pairs than int64 can number") as caught:
+        SparsePairs(2, 1 << 31)
+    assert "\n" not in str(caught.value)
+    rows = (1 << 30) - 1 - symbols(60, 2)
+    assert same(filled(SparsePairs(2, 1 << 30), rows.split(13)).statistics(), pair_statistics(rows))
+
+
+@pytest.mark.parametrize(("heads", "alphabet"), [(1, 5), (2, 5), (12, 64)])
+def test_bytes_are_those_of_the_dense_state(heads, alphabet):
+    state = DensePairs(heads, alphabet).pairs
+    assert PairHistogram.bytes(heads, alphabet) == state.numel() * state.element_size()

@@ -1,8 +1,7 @@
-"""The game against a second implementation in plain Python, closed forms, and the axioms of its values."""
+"""Entropies, dividends and values on bare arrays, against a second implementation by dictionary and against axioms."""
 
 import math
-from collections import Counter
-from itertools import combinations, permutations
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,65 +9,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.game import entropies, pair_dividends, pair_entropies, phi, triple_dividends, triple_entropies
+from compressor.game import (
+    coalition_dividends,
+    coalition_entropies,
+    dividends,
+    entropies,
+    pair_dividends,
+    pair_entropies,
+    phi,
+    phi_from,
+    second_order,
+    second_order_from,
+    third_order,
+    third_order_from,
+    triple_dividends,
+    triple_entropies,
+)
 from compressor.game.entropy import plugin_entropy
+from compressor.game.estimators import ESTIMATORS
+from tests.unit.game.reference import (
+    LN2,
+    SYMBOLS,
+    bits,
+    coalitions_of,
+    counts_of,
+    dividend,
+    joint,
+    shapley,
+)
 
-LN2 = math.log(2)
-
-
-def joint(rows, coalition) -> float:
-    """H of a coalition, in nats, with a dictionary."""
-    counts = Counter(tuple(int(row[head]) for head in coalition) for row in rows)
-    total = sum(counts.values())
-    return -math.fsum(count / total * math.log(count / total) for count in counts.values())
-
-
-def moebius(rows, coalition) -> float:
-    """m(B) = Σ_{A⊆B} (−1)^{|B|−|A|} H(A)."""
-    return math.fsum(
-        (-1) ** (len(coalition) - size) * joint(rows, part)
-        for size in range(1, len(coalition) + 1)
-        for part in combinations(coalition, size)
-    )
-
-
-def dividend(rows, coalition) -> float:
-    """The paper's: the Möbius transform, its sign flipped above size one."""
-    return moebius(rows, coalition) * (1 if len(coalition) == 1 else -1)
-
-
-def shapley(rows, heads: int) -> list[float]:
-    """Mean marginal contribution over all orders of arrival."""
-    values = [0.0] * heads
-    orders = list(permutations(range(heads)))
-    for order in orders:
-        for place, head in enumerate(order):
-            before = joint(rows, order[:place]) if place else 0.0
-            values[head] += joint(rows, order[: place + 1]) - before
-    return [value / len(orders) for value in values]
-
-
-def bits(observations: int, heads: int, alphabet: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, alphabet, (observations, heads))
-
-
-A, B = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
-UNIFORM = bits(400, 4, 5, seed=1)
-SYMBOLS = {
-    "xor": np.stack([A, B, A ^ B], 1),
-    "copies": np.stack([UNIFORM[:, 0]] * 3, 1),
-    "constant": np.full((50, 3), 7),
-    "independent": np.array([[a, b, c] for a in range(3) for b in range(4) for c in range(2)]),
-    "random": UNIFORM,
-    "skewed": (np.random.default_rng(2).geometric(0.4, (300, 5))).astype(np.int64),
-    "dependent": np.cumsum(bits(200, 5, 3, seed=3), axis=1),
-    "single": bits(60, 1, 4, seed=4),
-    "couple": bits(60, 2, 4, seed=5),
-    "one observation": np.array([[3, 1, 4]]),
-    "negative": bits(120, 3, 6, seed=6) - 3,
-    "huge": bits(120, 3, 4, seed=7) + 2**31 - 3,
-    "enormous": bits(120, 4, 4, seed=8) * 2**61 - 2**62,
-}
 ALL = pytest.mark.parametrize("rows", SYMBOLS.values(), ids=SYMBOLS)
 FORMS = pytest.mark.parametrize(
     "form", [np.asarray, torch.from_numpy, np.ndarray.tolist], ids=["numpy", "torch", "list"]
@@ -180,6 +149,87 @@ def test_eta_is_twice_the_entropy_minus_the_shapley_value(name):
         assert eta == pytest.approx(2 * float(singles[head]) - values[head], abs=1e-10)
 
 
+@ALL
+def test_coalitions_of_every_size_equal_the_dictionary_implementation(rows):
+    heads = rows.shape[1]
+    coalitions = coalitions_of(heads)[::-1]
+    found = coalition_entropies(torch.from_numpy(rows), coalitions)
+    expected = [joint(rows, coalition) if coalition else 0.0 for coalition in coalitions]
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+    assert found.dtype == torch.float64
+    shares = [dividend(rows, coalition) if coalition else 0.0 for coalition in coalitions]
+    assert coalition_dividends(rows, coalitions).tolist() == pytest.approx(shares, abs=1e-9)
+    for order in range(1, heads + 2):
+        expected = [dividend(rows, coalition) for coalition in combinations(range(heads), order)]
+        assert dividends(rows, order).tolist() == pytest.approx(expected, abs=1e-9)
+        assert dividends(rows, order).shape == (math.comb(heads, order),)
+
+
+@ALL
+def test_values_truncated_at_orders_two_and_three(rows):
+    heads = rows.shape[1]
+    for head in range(heads):
+        single = joint(rows, [head])
+        pairs = math.fsum(dividend(rows, pair) for pair in combinations(range(heads), 2) if head in pair)
+        triples = math.fsum(dividend(rows, triple) for triple in combinations(range(heads), 3) if head in triple)
+        assert float(second_order(rows)[head]) == pytest.approx(single - pairs / 2, abs=1e-9)
+        assert float(third_order(rows)[head]) == pytest.approx(single + pairs / 2 + triples / 3, abs=1e-9)
+    matrix, triples = pair_entropies(rows), triple_entropies(rows)
+    assert torch.equal(phi_from(matrix), phi(rows))
+    assert torch.equal(second_order_from(matrix), second_order(rows))
+    assert torch.equal(third_order_from(matrix, triples), third_order(rows))
+
+
+def test_coalitions_are_sets_in_any_form_and_number():
+    rows = SYMBOLS["skewed"]
+    assert coalition_entropies(rows, []).shape == coalition_dividends(rows, []).shape == (0,)
+    forms = [(0, 3, 4), [4, 0, 3], np.array([3, 4, 0]), range(5), (0, 3, 4), (), (2,)]
+    found = coalition_entropies(rows, forms)
+    expected = [joint(rows, [int(head) for head in form]) if len(form) else 0.0 for form in forms]
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+    assert found[0] == found[1] == found[2] == found[4]
+    assert torch.equal(coalition_entropies(rows, iter(forms)), found)
+    shares = coalition_dividends(rows, iter(forms))
+    assert shares[0] == shares[1] == shares[2] == shares[4]
+
+
+def test_coalitions_reach_across_layers():
+    """Heads 0 and 1 of one layer with head 0 of another, which is their sum, the columns side by side."""
+    first, second = bits(500, 3, 4, seed=13), bits(500, 2, 4, seed=14)
+    second[:, 0] = first[:, 0] + first[:, 1]
+    both = np.concatenate([first, second], 1)
+    assert float(coalition_entropies(both, [(0, 1, 3)])[0]) == pytest.approx(joint(first, (0, 1)), abs=1e-12)
+    assert float(coalition_dividends(both, [(0, 1, 3)])[0]) == pytest.approx(dividend(both, (0, 1, 3)), abs=1e-9)
+
+
+@pytest.mark.parametrize("function", [coalition_entropies, coalition_dividends])
+@pytest.mark.parametrize("coalition", [(0, 3), (-1, 0), (1, 1), (99,)])
+def test_coalitions_of_what_there_is_not_are_refused(function, coalition):
+    with pytest.raises(ValueError, match="expected different columns from 0 to 2") as caught:
+        function(bits(20, 3, 2, seed=0), [(0,), coalition])
+    assert str(list(coalition)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_dividends_of_too_many_are_refused():
+    rows = bits(20, 17, 2, seed=0)
+    with pytest.raises(ValueError, match="at most 16"):
+        coalition_dividends(rows, [range(17)])
+    for order in (-1, 0, 17):
+        with pytest.raises(ValueError, match=f"order is {order}; expected 1 to 16"):
+            dividends(rows, order)
+    assert dividends(rows, 1).tolist() == pytest.approx(entropies(rows).tolist())
+    assert coalition_entropies(rows, [range(17)]).item() == pytest.approx(joint(rows, range(17)))
+
+
+def test_another_estimator_goes_through_every_order(monkeypatch):
+    rows = SYMBOLS["skewed"]
+    monkeypatch.setitem(ESTIMATORS, "distinct", lambda counts, multiplicity: float(multiplicity.sum()))
+    coalitions = coalitions_of(5)[1:]
+    expected = [len(counts_of(rows, coalition)) for coalition in coalitions]
+    assert coalition_entropies(rows, coalitions, estimator="distinct").tolist() == expected
+
+
 def test_phi_is_eta_where_there_are_but_two_heads():
     rows = SYMBOLS["couple"]
     expected = [2 * joint(rows, [head]) - value for head, value in enumerate(shapley(rows, 2))]
@@ -201,6 +251,9 @@ def test_axioms(data):
     # Null player: a constant head is worth nothing and changes nobody's value.
     with_null = np.concatenate([rows, np.full((observations, 1), 9)], 1)
     assert phi(with_null).tolist() == pytest.approx([*values.tolist(), 0.0], abs=1e-12)
+    # Truncations bound one another: with two heads the second order is the Shapley value.
+    if heads == 2:
+        assert second_order(rows).tolist() == pytest.approx(shapley(rows, 2), abs=1e-12)
     # The labels and the order of observations mean nothing, to the bit.
     relabelled = (-17 * rows + 5)[np.random.default_rng(0).permutation(observations)]
     assert torch.equal(pair_entropies(relabelled), pairs)
@@ -227,61 +280,6 @@ def test_alphabets_whose_product_overflows_32_bits_do_not_collide():
     ceiling = math.log(2**17 + 2**15)
     assert float(pair_entropies(rows)[0, 1]) == pytest.approx(ceiling, abs=1e-12)
     assert float(triple_entropies(rows)[0]) == pytest.approx(ceiling, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    "dtype", [np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16, np.uint32, np.uint64]
-)
-def test_all_integer_types_are_taken(dtype):
-    rows = bits(80, 3, 2, seed=9)
-    assert torch.equal(pair_entropies(rows.astype(dtype)), pair_entropies(rows))
-
-
-@pytest.mark.parametrize("layout", ["fortran", "strided", "reversed", "read-only"])
-def test_any_memory_layout_is_taken(layout):
-    rows = bits(80, 3, 4, seed=10)
-    changed = {
-        "fortran": np.asfortranarray(rows),
-        "strided": np.repeat(rows, 2, axis=0)[::2],
-        "reversed": rows[::-1][::-1],
-        "read-only": rows.copy(),
-    }[layout]
-    changed.setflags(write=layout != "read-only")
-    assert torch.equal(pair_entropies(changed), pair_entropies(rows))
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        np.zeros((4, 2)),
-        torch.zeros(4, 2, dtype=torch.bfloat16),
-        np.zeros((4, 2), dtype=complex),
-        np.zeros((0, 3), dtype=int),
-        np.zeros((3, 0), dtype=int),
-        np.zeros(5, dtype=int),
-        np.zeros((2, 2, 2), dtype=int),
-        [],
-        [[0.5, 1.0]],
-    ],
-    ids=["float", "bfloat16", "complex", "no observations", "no heads", "vector", "cube", "empty list", "float list"],
-)
-@pytest.mark.parametrize(
-    "function", [entropies, pair_entropies, triple_entropies, pair_dividends, triple_dividends, phi]
-)
-def test_what_is_not_a_table_of_integers_is_refused(function, bad):
-    with pytest.raises(ValueError, match="expected integers") as caught:
-        function(bad)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_input_is_not_changed():
-    rows = bits(50, 3, 4, seed=12)
-    before, tensor = rows.copy(), torch.from_numpy(rows.copy())
-    for function in (pair_entropies, triple_dividends, phi):
-        function(rows)
-        function(tensor)
-    assert np.array_equal(rows, before)
-    assert np.array_equal(tensor.numpy(), before)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+"""The checkpoints of a comparison: what they were pruned from, and the plans they are ranked against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compressor.artefact import load_scores
+from compressor.attention import attention_layers
+from compressor.budget import allocate
+from compressor.config import Recipe
+from compressor.criteria import criteria, random_scores
+from compressor.data import TextDataModule
+from compressor.errors import ArtefactError, DataError, RecipeError
+from compressor.export import RECORD
+from compressor.files import read_json
+from compressor.loading import LoadedModel
+from compressor.types import PruningPlan, Scores
+
+
+def check_same_model(loaded: LoadedModel, scores: Scores, directory: Path) -> None:
+    """Refuse scores of another model, or of other weights.
+
+    Raises:
+        ArtefactError: they are.
+    """
+    if scores.facts["identity"] != loaded.identity:
+        raise ArtefactError(
+            f"the scores in {directory} are of another model ({scores.facts['model']}) than {loaded.name}, or its "
+            "weights have changed since; score the model again"
+        )
+
+
+def record_of(folder: Path) -> dict[str, Any] | None:
+    """The record of what was pruned, where a checkpoint has one."""
+    if not (folder / RECORD).is_file():
+        return None
+    record = read_json(folder / RECORD)
+    base, plan = record.get("base"), record.get("plan")
+    known = isinstance(base, dict) and {"model", "identity"} <= base.keys()
+    wanted = {"criterion", "ratio", "scope", "unit", "allow_empty", "heads_per_layer", "removed_heads", "total_heads"}
+    if not known or not isinstance(plan, dict) or not wanted <= plan.keys():
+        raise ArtefactError(f"{folder / RECORD} is damaged; prune and export the model again")
+    return record
+
+
+def as_recorded(recipe: Recipe, record: dict[str, Any]) -> Recipe:
+    """Fill what a bench was not told with what the checkpoint's record knows: the model, and the text."""
+    if recipe.model is None:
+        base = record["base"]
+        recipe = replace(recipe, model=base["model"], revision=recipe.revision or base.get("revision"))
+    settings = record.get("scores", {}).get("settings", {})
+    if recipe.data is None:
+        recipe = replace(recipe, data=settings.get("data"), eval_data=recipe.eval_data or settings.get("eval_data"))
+    return recipe
+
+
+def check_unseen(name: str, record: dict[str, Any], data: TextDataModule) -> None:
+    """Refuse to report on documents that chose the heads."""
+    seen = set(record.get("scores", {}).get("data", {}).get("hashes", ()))
+    shared = sum(document in seen for document in data.evaluation.hashes)
+    if shared:
+        raise DataError(
+            f"{shared} of the {data.evaluation.documents} documents of {data.evaluation.name} calibrated {name}: "
+            "a report on them would flatter it; give other --eval-data"
+        )
+
+
+def rule_of(plan: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides how many heads go: plans of one rule can be ranked against each other."""
+    return plan["ratio"], plan["scope"], plan["unit"], plan["allow_empty"], tuple(plan["heads_per_layer"])
+
+
+def named_checkpoints(folders: Sequence[Path]) -> dict[str, Path]:
+    """A name for each checkpoint: what was pruned, where that tells them apart, else where it is."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise RecipeError("--against names the same checkpoint twice; give each once")
+    named: dict[str, Path] = {}
+    taken = {"dense", *(rival.name for rival in criteria())}
+    for folder in folders:
+        record = record_of(folder)
+        name = folder.name
+        if record is not None:
+            plan = record["plan"]
+            name = f"{plan['criterion']} {plan['removed_heads']}/{plan['total_heads']}"
+        named[f"{name} ({folder})" if name in taken or name in named else name] = folder
+    return named
+
+
+def rival_plans(
+    plan: dict[str, Any], recipe: Recipe, dense: LoadedModel, scores: Path | None
+) -> dict[str, PruningPlan]:
+    """Plans that remove as much as `plan` by the same rule: by the other criteria, given scores, and at random."""
+    rule: dict[str, Any] = {name: plan[name] for name in ("ratio", "scope", "unit", "allow_empty")}
+    rule["groups"] = [layer.group_index for layer in attention_layers(dense.model)]
+    plans = {}
+    if scores is not None:
+        evidence = load_scores(scores)
+        check_same_model(dense, evidence, scores)
+        for rival in criteria():
+            if rival.name not in (plan["criterion"], "random") and rival.answered_by(evidence):
+                plans[rival.name] = allocate(rival(evidence), **rule)
+    for seed in range(recipe.seed, recipe.seed + recipe.random_seeds):
+        plans[f"random (seed {seed})"] = allocate(random_scores(plan["heads_per_layer"], seed), **rule, seed=seed)
+    return plans
