@@ -77,15 +77,16 @@ def _entropies(symbols: np.ndarray) -> torch.Tensor:
 
 
 def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run in every repeat, interleaved, after one of each that is not counted."""
+    """Seconds of every run in every repeat, interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(-1, repeats):
+    for repeat in range(repeats):
         for name, run in runs.items():
             begin = time.perf_counter()
             run()
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - begin)
-        log.info(f"repeat {repeat + 1} of {repeats}")
+            seconds[name].append(time.perf_counter() - begin)
+        log.info(
+            f"repeat {repeat + 1} of {repeats}: " + ", ".join(f"{name} {s[-1]:.1f} s" for name, s in seconds.items())
+        )
     return seconds
 
 
@@ -107,10 +108,10 @@ def _spread(values: list[float]) -> dict[str, float]:
 def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     show_logs(quiet=False)
     torch.manual_seed(0)

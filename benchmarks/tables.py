@@ -26,7 +26,7 @@ BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def table(document: dict[str, Any]) -> str:
     """The Markdown of one suite's result."""
-    return {"quality": quality_table, "speed": speed_table, "models": models_table}[document["suite"]](document)
+    return TABLES[document["suite"]](document)
 
 
 def quality_table(document: dict[str, Any]) -> str:
@@ -101,6 +101,31 @@ def models_table(document: dict[str, Any]) -> str:
         f"{settings['seed']}, tolerance {settings['tolerance']:g} of the largest logit."
     )
     return "\n".join([*table, "", caption])
+
+
+def scoring_table(document: dict[str, Any]) -> str:
+    """What a scoring epoch costs beside the model."""
+    names = {
+        "model": "`model(**batch)`",
+        "backbone": "without its head",
+        "scoring": "scoring epoch: symbols, pairs, φ",
+        "naive": "the same from whole attention matrices and `np.unique`",
+    }
+    lines = [_line("epoch", "seconds", "÷ model", "÷ backbone"), _line(*["---"] * 4)]
+    for row in document["rows"]:
+        spreads = [row[name] for name in ("seconds", "to_model", "to_backbone")]
+        cells = [f"{spread['median']:.2f} [{spread['min']:.2f}, {spread['max']:.2f}]" for spread in spreads]
+        lines.append(_line(names[row["name"]], *cells))
+    settings, machine = document["settings"], document["machine"]
+    caption = (
+        f"{document['model']}: median [minimum, maximum] of {settings['repeats']} interleaved repeats of "
+        f"{settings['batches']} batches of {settings['batch_size']} × {settings['tokens']} tokens; "
+        f"{machine['processor']}, {machine['torch_threads']} threads, torch {document['versions']['torch']}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+TABLES = {"quality": quality_table, "speed": speed_table, "models": models_table, "scoring": scoring_table}
 
 
 def _saved(row: dict[str, Any], dense: dict[str, Any], share: str) -> str:

@@ -106,6 +106,7 @@ class HeadScoring(L.Callback):
         self.layers_scored: tuple[LayerScores, ...] = ()
         self._shift = 0
         self._documents = 0
+        self._seen: set[int] = set()
         self._probe: AttentionProbe | None = None
         self._counts: dict[int, LayerCounts] = {}
         self._observed = Observations()
@@ -125,8 +126,9 @@ class HeadScoring(L.Callback):
                 f"ones take {needed / 2**20:,.0f} MiB, and the budget is {budget / 2**20:,.0f} MiB"
             )
         self._documents = 0
+        self._seen = set()
         self._observed = Observations().to(pl_module.device)
-        share = budget // len(self.layers)
+        share = budget // max(1, len(self.layers))
         self._counts = {
             layer.index: LayerCounts(
                 None
@@ -167,8 +169,10 @@ class HeadScoring(L.Callback):
             self._observed.update(places[rows, 0], positions(mask).flatten()[real])
         for index, attended in self._probe.take().items():
             self._count(self._counts[index], attended, mask, places, real)
-        if self.stop is not None and self.stop(self._documents, self._statistics):
-            raise StopIteration  # which ends Lightning's loop over the batches, and nothing else
+        if self.stop is not None:
+            self._seen.update(places[:, 0].tolist())
+            if self.stop(len(self._seen), self._statistics):
+                raise StopIteration  # which ends Lightning's loop over the batches, and nothing else
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Detach the probe and turn the counts into scores."""
@@ -178,6 +182,7 @@ class HeadScoring(L.Callback):
         with track("analysing", len(self.layers)) as done:
             for layer in self.layers:
                 scored[layer.index] = self._score(pl_module, layer)
+                self._counts[layer.index].pairs = None  # the largest part of what is held; the symbols may be wanted
                 done()
         self.layers_scored = tuple(scored.get(index, _nothing()) for index in range(self.num_layers))
 

@@ -59,6 +59,8 @@ class Analysis:
         """
         if self.estimator not in ESTIMATORS:
             raise RecipeError(_unknown("estimator", self.estimator, ESTIMATORS))
+        if self.order > MAX_HEADS:
+            raise RecipeError(f"order is {self.order}; expected {MAX_HEADS} at most")
         for value in self.values:
             if value not in VALUES:
                 raise RecipeError(_unknown("value", value, VALUES))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from compressor.errors import RecipeError
 from compressor.files import did_you_mean
 from compressor.loading import LoadedModel
 from compressor.preparation import data_for
-from compressor.types import PruningPlan, Scores
+from compressor.types import LayerScores, PruningPlan, Scores
 
 RATIOS = (0.05, 0.1, 0.2)
 AGREEMENT = 0.01  # relative; two figures as close as this are the same figure
@@ -54,7 +53,7 @@ class Claim:
     """A figure of the paper's beside ours.
 
     `verdict` is "reproduced", "not reproduced", "artefact" (what the protocol gives whatever the model does), "not
-    comparable" where another model stands in, or "" where the paper has no such figure.
+    comparable" for perplexities where another model stands in, or "" where the paper has no such figure.
     """
 
     name: str
@@ -91,7 +90,7 @@ def claims(name: str, scores: Scores, document: dict[str, Any], recipe: Recipe) 
     last = rows[f"{recipe.criterion} {RATIOS[-1]:.0%}"]
     dense = rows["dense"]
     measured: dict[str, float | None] = {
-        **_dividends(scores, recipe.triple_layers or [0]),
+        **_dividends(scores.layers[_judged_layer(recipe)]),
         "perplexity, dense": dense["perplexity"],
         **{f"perplexity at {ratio:.0%}": rows[f"{recipe.criterion} {ratio:.0%}"]["perplexity"] for ratio in RATIOS},
         "perplexity at 20%, random": document["random"]["mean"] if document["random"] else None,
@@ -100,7 +99,8 @@ def claims(name: str, scores: Scores, document: dict[str, Any], recipe: Recipe) 
         "throughput gained at 20%": document["speed"]["prefill"]["speedup"]["median"] - 1,
     }
     own = document["model"] in MODELS[name]
-    return [_judged(kind, published.get(kind), value, scores, own) for kind, value in measured.items()]
+    layer = scores.layers[_judged_layer(recipe)]
+    return [_judged(kind, published.get(kind), value, layer, own) for kind, value in measured.items()]
 
 
 def published_figures(name: str) -> dict[str, float]:
@@ -116,28 +116,31 @@ def published_figures(name: str) -> dict[str, float]:
     return PUBLISHED[name]
 
 
-def _dividends(scores: Scores, layers: Sequence[int]) -> dict[str, float | None]:
-    first = scores.layers[layers[0]]
-    heads = len(first.phi)
-    pair = float(first.pair_dividends.sum()) / (heads * (heads - 1)) if heads > 1 else None
-    triples = first.dividends.get("3")
+def _judged_layer(recipe: Recipe) -> int:
+    """The layer whose dividends are compared; the paper's tables are of the first."""
+    return recipe.triple_layers[0] if recipe.triple_layers else 0
+
+
+def _dividends(layer: LayerScores) -> dict[str, float | None]:
+    heads = len(layer.phi)
+    pair = float(layer.pair_dividends.sum()) / (heads * (heads - 1)) if heads > 1 else None
+    triples = layer.dividends.get("3")
     return {
         "mean pair dividend": pair,
         "mean triple dividend": float(triples.mean()) if triples is not None and len(triples) else None,
     }
 
 
-def _judged(name: str, published: float | None, measured: float | None, scores: Scores, own: bool) -> Claim:
+def _judged(name: str, published: float | None, measured: float | None, layer: LayerScores, own: bool) -> Claim:
     if published is None or measured is None:
         return Claim(name, published, measured, "", "")
-    first = next(layer for layer in scores.layers if len(layer.phi))
     close = math.isclose(measured, published, rel_tol=AGREEMENT)
     verdict, reason = "reproduced" if close else "not reproduced", ""
-    if "dividend" in name and is_saturated(first):
+    if "dividend" in name and is_saturated(layer):
         verdict = "artefact"
         reason = (
-            f"nearly all tuples of {first.observations} documents differ, so every entropy is about "
-            f"ln {first.observations} = {math.log(first.observations):.4f} whatever the heads do"
+            f"nearly all tuples of {layer.observations} documents differ, so every entropy is about "
+            f"ln {layer.observations} = {math.log(layer.observations):.4f} whatever the heads do"
         )
     elif "perplexity" in name and not own:
         verdict, reason = "not comparable", "another model than the paper's"

@@ -93,6 +93,9 @@ class PairHistogram(Metric):
         pending = dim_zero_cat(self.pending) if len(self.pending) else None
         self.pending = []
         if pending is not None and len(pending):
+            if int(pending.min()) < 0 or int(pending.max()) >= self.alphabet:
+                span = f"{int(pending.min())} to {int(pending.max())}"
+                raise ValueError(f"symbols run from {span}; expected 0 to {self.alphabet - 1}")
             self._add(pending.T.long().contiguous())
 
     def _codes(self, columns: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -124,13 +127,10 @@ class DensePairs(PairHistogram):
         )
 
     def _add(self, columns: torch.Tensor) -> None:
-        # On a processor a histogram of its own stays in the cache, which the whole state does not; on other devices
-        # `bincount` waits for the device.
+        # Pair by pair, since one histogram stays in a processor's cache, and all of them do not.
+        one = torch.ones_like(columns[0])
         for row, codes in zip(self.pairs, self._codes(columns), strict=True):
-            if codes.device.type == "cpu":
-                row += torch.bincount(codes, minlength=self.alphabet**2)
-            else:
-                row.scatter_add_(0, codes, torch.ones_like(codes))
+            row.scatter_add_(0, codes, one)
 
     def _histograms(self) -> Iterator[np.ndarray]:
         return iter(self.pairs.cpu().numpy())
@@ -152,7 +152,7 @@ class SparsePairs(PairHistogram):
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Merge devices that have counted nothing, too."""
         self._fold()
-        if not self.codes:
+        if not len(self.codes):
             self.codes, self.counts = ([torch.zeros(0, dtype=torch.int64, device=self.device)] for _ in range(2))
         super().sync(*args, **kwargs)
 
@@ -185,6 +185,9 @@ class SparsePairs(PairHistogram):
 def pair_statistics(symbols: torch.Tensor, kind: str = "plug-in") -> PairStatistics:
     """What histograms of symbols [observations, heads] would come to, from the symbols themselves."""
     heads = symbols.shape[1]
+    if not len(symbols):
+        nothing = torch.zeros(2, heads, heads, dtype=torch.float64)
+        return PairStatistics(nothing[0], nothing[1], 0)
     pairs = list(combinations_with_replacement(range(heads), 2))
     columns, entropy = columns_of(symbols), estimator(kind)
     both = torch.zeros(2, heads, heads, dtype=torch.float64)

@@ -62,7 +62,8 @@ def shuffle_null(
             the query's position as label they travel between documents, and heads that are tied by the position alone
             ("the previous token", "the first token") are no finding.
         examples: which document each observation is of, integers [observations]. Documents then swap a head's symbols
-            as wholes, the n-th of one for the n-th of another, as far as their lengths let them. Without it symbols
+            as wholes, as far as their lengths let them: with strata the n-th of one for the n-th of another, without
+            them rotated by a random number of tokens, so that the position ties nothing. Without examples symbols
             travel one by one, as though successive tokens were independent; where a head lingers on a key p is far too
             small, and independent heads look tied.
 
@@ -90,6 +91,8 @@ def shuffle_null(
     generator = np.random.Generator(np.random.PCG64(seed))
     places = _places(labels, units)
     orders = (_exchange(places, units, generator) for _ in range(shuffles))
+    if examples is not None and strata is None:
+        orders = (order[_rotation(units, generator)] for order in orders)
     observed = base + _ties(columns, columns, pairs, turns, logs)
     null = np.stack([base + _ties(columns[:, order], columns, pairs, turns, logs) for order in orders])
     return _least_remarkable(observed.reshape(-1, 3), null.reshape(shuffles, -1, 3))
@@ -149,6 +152,18 @@ def _exchange(places: np.ndarray, units: np.ndarray, generator: np.random.Genera
     donors = np.empty_like(order)
     donors[order] = order[following]
     return donors
+
+
+def _rotation(units: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Turn every unit's observations by a random number of them: for each the one that takes its place."""
+    order = np.argsort(units, kind="stable")
+    first = _starts(units[order])
+    lengths = np.diff(first, append=len(units))
+    turns = np.repeat(generator.integers(lengths), lengths)
+    start, length = np.repeat(first, lengths), np.repeat(lengths, lengths)
+    turned = np.empty_like(order)
+    turned[order] = order[start + (np.arange(len(order)) - start + turns) % length]
+    return turned
 
 
 def _starts(*keys: np.ndarray) -> np.ndarray:

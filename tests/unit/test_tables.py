@@ -356,3 +356,13 @@ def test_tuples_after_a_reset_are_of_the_new_documents_alone():
     table.update(rows, windows(3, start=8))
     ids = table.symbols()[:, 0].tolist()
     assert [ids.index(number) for number in ids] == [0, 0, 2]
+
+
+@pytest.mark.parametrize("budget", [None, 3], ids=["memory", "disk"])
+def test_merging_devices_keeps_tuples_with_their_documents(budget):
+    rows = torch.arange(8).reshape(8, 1, 1)
+    devices = [TupleTable(9, budget), TupleTable(9, budget)]
+    for number, row in enumerate(rows):
+        devices[number // 5].update(row[None], windows(1, number))
+    devices[0].merge_state(devices[1])
+    assert devices[0].symbols().flatten().tolist() == list(range(8))
