@@ -54,7 +54,7 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
         )
     uncovered = [index for index, layer in enumerate(scored) if not believed(layer)]
     if set(uncovered) - set(saturated):
-        log.warning(
+        log.info(
             f"{len(uncovered)} of {len(layers)} layers have pairs of heads less than {COVERED:.0%} of whose joint "
             "distribution was seen; their dividends, and with them φ, depend on how much was counted"
         )

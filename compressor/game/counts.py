@@ -116,23 +116,41 @@ class PairHistogram(Metric):
 
 
 class DensePairs(PairHistogram):
-    """State: `pairs` [heads · (heads + 1) / 2, alphabet²], int64."""
+    """State: `pairs` [heads · (heads + 1) / 2, alphabet²], int64; nothing until something is counted or merged."""
 
     pairs: torch.Tensor
 
     def __init__(self, num_heads: int, alphabet: int, estimator: str = "plug-in") -> None:
         super().__init__(num_heads, alphabet, estimator)
-        self.add_state(
-            "pairs", torch.zeros(len(self.pairs_of_heads), alphabet**2, dtype=torch.int64), dist_reduce_fx="sum"
-        )
+        self.add_state("pairs", torch.zeros(0, alphabet**2, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Merge devices that have counted nothing, too."""
+        self._fold()
+        self._make_room()
+        super().sync(*args, **kwargs)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Merge with what has counted nothing, too."""
+        for metric in (self, incoming_state):
+            if isinstance(metric, DensePairs):
+                metric._make_room()
+        super().merge_state(incoming_state)
+
+    def _make_room(self) -> None:
+        # Not in the constructor: torchmetrics keeps a copy of what a state starts with.
+        if not len(self.pairs):
+            self.pairs = self.pairs.new_zeros(len(self.pairs_of_heads), self.alphabet**2)
 
     def _add(self, columns: torch.Tensor) -> None:
+        self._make_room()
         # Pair by pair, since one histogram stays in a processor's cache, and all of them do not.
         one = torch.ones_like(columns[0])
         for row, codes in zip(self.pairs, self._codes(columns), strict=True):
             row.scatter_add_(0, codes, one)
 
     def _histograms(self) -> Iterator[np.ndarray]:
+        self._make_room()
         return iter(self.pairs.cpu().numpy())
 
 

@@ -262,6 +262,42 @@ def test_triple_layers_out_of_range(refuse: Compress, models: dict[str, str], te
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--values", "shaply", ("value 'shaply'", "did you mean 'shapley'")),
+        ("--estimator", "plugin", ("estimator 'plugin'", "did you mean 'plug-in'")),
+        ("--coalitions", "0.1+5.0", ("5.0",)),
+        ("--coalitions", "0.1+x", ("0.1+x", "expected one like")),
+        ("--coalitions", "0.1+0.1", ("0.1+0.1", "different heads")),
+        ("--order", "17", ("order is 17", "16 at most")),
+        ("--order", "1", ("order is 1", "expected 2 or more")),
+        ("--memory-budget", "0", ("memory_budget is 0", "GiB")),
+        ("--bootstrap", "-1", ("bootstrap is -1",)),
+    ],
+)
+def test_what_scoring_cannot_find_out(
+    refuse: Compress, models: dict[str, str], texts: str, flag: str, value: str, says: tuple[str, ...]
+) -> None:
+    refuse("score", "--model", models["gpt2"], "--data", texts, f"{flag}={value}", says=says)
+
+
+def test_only_what_is_counted_becomes_stable(refuse: Compress, models: dict[str, str], texts: str) -> None:
+    flags = ("--model", models["gpt2"], "--data", texts, "--until-stable", "--criterion", "magnitude")
+    refuse("score", *flags, says=("until_stable", "gt-fep", "magnitude"))
+
+
+def test_a_criterion_that_was_not_asked_for(refuse: Compress, scored: Path) -> None:
+    refuse("prune", "--scores", scored, "--criterion", "shapley", says=("shapley", "--values shapley"))
+
+
+def test_a_criterion_that_asks_for_itself(compress: Compress, models: dict[str, str], texts: str, here: Path) -> None:
+    flags = ("--model", models["gpt2"], "--data", texts, "--criterion", "shapley", "--json")
+    document = compress("prune", *flags).json
+    assert document["plan"]["criterion"] == "shapley"
+    assert document["scores"]["settings"]["values"] == ["shapley"]
+
+
 def test_a_max_length_above_the_context(refuse: Compress, models: dict[str, str], texts: str) -> None:
     flags = ("--model", models["gpt2"], "--data", texts, "--max-length", CONTEXT + 1)
     refuse("score", *flags, says=(str(CONTEXT + 1), str(CONTEXT)))
@@ -797,7 +833,7 @@ def test_the_version(compress: Compress) -> None:
 def test_help_names_every_command_and_flags_mean_the_same_everywhere(compress: Compress) -> None:
     shown = compress("--help")
     assert shown.code == 0
-    for verb in ("score", "prune", "bench", "run", "models"):
+    for verb in ("score", "prune", "bench", "run", "paper", "models"):
         assert verb in shown.out
         assert compress(verb, "--help").code == 0
     meanings: dict[str, set[str]] = {}
@@ -828,12 +864,12 @@ def parse(compress: Compress, monkeypatch: pytest.MonkeyPatch) -> Callable[[list
     """Let the command line read its arguments and hand them over; returns what it said, None if it was content."""
 
     def stop(**arguments: Any) -> None:
-        for name in ("config", "output_dir", "force", "scores", "export", "dry_run", "against"):
+        for name in ("config", "output_dir", "force", "scores", "export", "dry_run", "against", "name"):
             arguments.pop(name, None)
         resolve(None, arguments)  # the settings themselves are sound too
         raise Parsed
 
-    for verb in ("score", "prune", "bench", "run"):
+    for verb in ("score", "prune", "bench", "run", "paper"):
         monkeypatch.setattr(pipeline, verb, stop)
 
     def call(words: list[str]) -> str | None:
@@ -876,7 +912,7 @@ def test_the_commands_of_the_specification_parse(parse: Callable[[list[str]], st
 
 @pytest.mark.parametrize(
     "wrong",
-    ["score --ratio 0.2", "prune --modle x", "bench extra", "sqore", "run --ratio much", "run --ratio 2"],
+    ["score --repeats 2", "prune --modle x", "bench extra", "sqore", "run --ratio much", "run --ratio 2"],
 )
 def test_the_parser_of_this_test_refuses_what_is_wrong(parse: Callable[[list[str]], str | None], wrong: str) -> None:
     assert parse(wrong.split())

@@ -548,8 +548,9 @@ def test_batches_are_padded_on_the_right_and_the_tokenizer_is_untouched(kind: st
     pad = {"bert": 1, "gpt2": 1, "llama": 2}[kind]  # the pad token, or the end of text
     lengths = []
     for batch in module.predict_dataloader():
-        places = batch.pop("places")
+        places, real = batch.pop("places"), batch.pop("real")
         assert places.shape == (len(batch["labels"]), 2)
+        assert real.tolist() == [n for n, one in enumerate(batch["attention_mask"].flatten().tolist()) if one]
         assert set(batch) == {"input_ids", "attention_mask", "labels"}
         assert all(part.dtype == torch.int64 and part.shape == batch["labels"].shape for part in batch.values())
         rows = batch["attention_mask"].sum(dim=1)

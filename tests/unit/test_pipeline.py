@@ -643,7 +643,7 @@ def test_the_verdict_names_the_winner(here: Path, tmp_path: Path, removed: str, 
     verdict = document["verdict"]
     best = verdict.partition("; then ")[0]
     if removed == "busy":
-        assert best.startswith("lowest perplexity: magnitude (")
+        assert best.startswith("lowest perplexity: magnitude")
         assert winner in best
         assert f"{ours} ({rows[ours] / rows['dense'] - 1:+.1%})" in verdict
         assert verdict.index("magnitude") < verdict.index("random (") < verdict.index("entropy")

@@ -379,5 +379,7 @@ def test_sparse_codes_that_int64_cannot_number_are_refused():
 
 @pytest.mark.parametrize(("heads", "alphabet"), [(1, 5), (2, 5), (12, 64)])
 def test_bytes_are_those_of_the_dense_state(heads, alphabet):
-    state = DensePairs(heads, alphabet).pairs
+    metric = filled(DensePairs(heads, alphabet), [torch.zeros(1, heads, dtype=torch.int64)])
+    metric.statistics()
+    state = metric.pairs
     assert PairHistogram.bytes(heads, alphabet) == state.numel() * state.element_size()
