@@ -139,7 +139,7 @@ class HeadScoring(L.Callback):
             ).to(pl_module.device)
             for layer in self.layers
         }
-        probe = AttentionProbe(pl_module.model, self.layers)
+        probe = AttentionProbe(pl_module.model, self.layers, in_passing=True)
         if probe.fallback:
             log.warning(
                 f"{type(pl_module.model).__name__} bypasses the attention interface: reading its attention matrices "

@@ -1,4 +1,7 @@
-"""The key that each query attends to most and the mass on the first key, in memory that no size of the inputs moves."""
+"""The key that each query attends to most and the mass on the first key, in memory that no size of the inputs moves.
+
+Attention itself can be computed in passing, from the same scores.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,14 @@ class Attended:
     """What one layer attended to in one batch, for every query including padding.
 
     `key` [batch, heads, queries] int64: index of the key with the highest score, ties to the lowest index.
-    `first` [batch, heads, queries]: attention mass on the first real key. `keys`: number of keys.
+    `first` [batch, heads, queries]: attention mass on the first real key. `keys`: number of keys. `output` [batch,
+    queries, heads, value dim]: the values weighed by the attention, where values were given.
     """
 
     key: torch.Tensor
     first: torch.Tensor
     keys: int
+    output: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ def attended_keys(
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     first_key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
     scratch: int | None = None,
 ) -> Attended:
     """Find the key that each query attends to most, block by block, in float32 or the wider dtype of the inputs.
@@ -67,18 +73,20 @@ def attended_keys(
         bias: added to the scores, broadcastable to [batch, heads, queries, keys].
         sinks: a score that takes its share of the attention without being a key, [heads] or [batch, heads, queries, 1].
         first_key: [batch] index of the first real key of each sequence; 0 by default.
+        value: [batch, kv heads, keys, value dim], if attention itself is wanted too; queries that see nothing get 0.
         scratch: numbers that may be at hand at one time; a single query of one key/value head has to fit, which takes
             (heads / kv heads + dim) · (keys + dim). By default what suits the device.
     """
     batch, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
-    if kernel.usable(query, key, mask, bias, sinks):
+    if value is None and kernel.usable(query, key, mask, bias, sinks):
         fused = partial(kernel.attended_keys_fused, scaling=scaling, causal=causal, softcap=softcap)
         return Attended(*fused(query, key, mask, sinks=sinks, first_key=first_key), keys)
     group, causal = heads // kv_heads, causal and mask is None
     if scratch is None:
         scratch = CPU_SCRATCH if query.device.type == "cpu" else DEVICE_SCRATCH
-    scratch = max(scratch, (group + dim) * (keys + dim))
+    width = dim + (0 if value is None else value.shape[3])
+    scratch = max(scratch, (group + width) * (keys + width))
     room = query.new_empty(scratch, dtype=torch.promote_types(query.dtype, torch.float32))
     never = room.new_full((), -torch.inf)
     future = never.repeat(CAUSAL_QUERIES, CAUSAL_QUERIES).tril_(-1)  # [keys, queries], to be added
@@ -88,8 +96,9 @@ def attended_keys(
     best = query.new_empty((batch, heads, queries), dtype=torch.long)
     first = room.new_empty((batch, heads, queries))
     start = best.new_zeros(batch) if first_key is None else first_key
+    output = None if value is None else value.new_empty((batch, queries, heads, value.shape[3]))
 
-    for block in _blocks((batch, kv_heads, queries, keys), group, dim, causal, scratch):
+    for block in _blocks((batch, kv_heads, queries, keys), group, width, causal, scratch):
         size = block.queries.stop - block.queries.start
         rows = (block.sequences, slice(block.kv_heads.start * group, block.kv_heads.stop * group), block.queries)
         part = (*rows, slice(block.keys))
@@ -111,8 +120,12 @@ def attended_keys(
         highest, where = _highest(scores)
         sink = None if sinks is None else _cut(sinks, part, group).squeeze(-1)
         best[rows] = where.view(best[rows].shape)
-        first[rows] = _mass(scores, highest, sink, start[block.sequences]).view(best[rows].shape)
-    return Attended(best, first, keys)
+        mass, whole = _weigh(scores, highest, sink, start[block.sequences])
+        first[rows] = mass.view(best[rows].shape)
+        if value is not None and output is not None:
+            found = _weighed(scores, whole, value[block.sequences, block.kv_heads, : block.keys])
+            output[rows[0], rows[2], rows[1]] = found
+    return Attended(best, first, keys, output)
 
 
 def _blocks(sizes: tuple[int, int, int, int], group: int, dim: int, causal: bool, scratch: int) -> Iterator[Block]:
@@ -173,17 +186,33 @@ def _highest(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return highest.view(batch, kv_heads, group, queries), where.view(batch, kv_heads, group, queries)
 
 
-def _mass(
+def _weigh(
     scores: torch.Tensor, highest: torch.Tensor, sink: torch.Tensor | None, first_key: torch.Tensor
-) -> torch.Tensor:
-    """Softmax of [batch, kv heads, keys, group, queries] over the keys, at each sequence's first one.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of [batch, kv heads, keys, group, queries] over the keys, at each sequence's first one; and its divisor.
 
-    The scores are used up. exp2, as MKL's exp is many times slower wherever a result is too small for a number.
+    The scores become what is to be divided. exp2, as MKL's exp is many times slower wherever a result is too small for
+    a number.
     """
     shift = (highest if sink is None else torch.maximum(highest, sink)) * -LOG2_E
-    whole = torch.add(shift[:, :, None], scores, alpha=LOG2_E, out=scores).exp2_().sum(2)
+    shift = shift.where(shift.isfinite(), 0)  # of queries that see nothing
+    torch.add(shift[:, :, None], scores, alpha=LOG2_E, out=scores).exp2_()
+    whole = scores.sum(2)
     if sink is not None:
         whole += (sink * LOG2_E + shift).exp2_()
     index, keys = first_key.view(-1, 1, 1, 1, 1), scores.shape[2]
     column = scores.gather(2, index.clamp(max=keys - 1).expand(-1, scores.shape[1], 1, *scores.shape[3:]))
-    return column.where(index < keys, 0).squeeze(2) / whole  # a key that no query here may see has no mass
+    mass = column.where(index < keys, 0).squeeze(2) / whole  # a key that no query here may see has no mass
+    return mass, whole
+
+
+def _weighed(weights: torch.Tensor, whole: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Means of values [batch, kv heads, keys, dim] by weights [batch, kv heads, keys, group, queries] over `whole`.
+
+    Gives [batch, queries, heads, dim].
+    """
+    batch, kv_heads, keys, group, queries = weights.shape
+    units, dim = batch * kv_heads, value.shape[3]
+    means = weights.view(units, keys, group * queries).transpose(1, 2) @ value.reshape(units, keys, dim).to(weights)
+    means /= whole.clamp(min=torch.finfo(whole.dtype).tiny).view(units, group * queries, 1)
+    return means.view(batch, kv_heads * group, queries, dim).transpose(1, 2)

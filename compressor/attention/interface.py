@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from compressor.attention.slim import index_on
 from compressor.errors import ModelError
@@ -22,6 +23,7 @@ from compressor.errors import ModelError
 Output = tuple[torch.Tensor, torch.Tensor | None]
 AttentionFunction = Callable[..., Output]
 Observer = Callable[..., torch.Tensor | None]
+WATCHED = ("attention_observer", "attention_substitute")  # attributes of a module while somebody looks
 
 
 def spread(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -36,11 +38,13 @@ def spread(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def observing(modules: Iterable[nn.Module], observer: Observer) -> Iterator[None]:
+def observing(modules: Iterable[nn.Module], observer: Observer, substitute: Observer | None = None) -> Iterator[None]:
     """Show `observer` every call that one of the modules makes to its attention function.
 
     After the call the observer gets (module, query, key, value, mask, output, **options), keys and values before they
-    are spread; what it returns, unless None, takes the place of the output.
+    are spread; what it returns, unless None, takes the place of the output. A `substitute` is asked before the sdpa
+    function is called, without an output, and what it returns, unless None, makes that call needless: [batch, queries,
+    heads, dim].
 
     Raises:
         ModelError: one of the modules is being observed already.
@@ -50,12 +54,13 @@ def observing(modules: Iterable[nn.Module], observer: Observer) -> Iterator[None
         if "attention_observer" in vars(module):
             raise ModelError(f"{type(module).__name__} is being watched already; one probe at a time")
     for module in observed:
-        module.__dict__["attention_observer"] = observer
+        module.__dict__.update(zip(WATCHED, (observer, substitute), strict=True))
     try:
         yield
     finally:
         for module in observed:
-            del module.__dict__["attention_observer"]
+            for name in WATCHED:
+                del module.__dict__[name]
 
 
 @contextmanager
@@ -89,6 +94,10 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> Output:
+    if function is sdpa_attention_forward and (substitute := getattr(module, "attention_substitute", None)) is not None:
+        output = substitute(module, query, key, value, attention_mask, **kwargs)
+        if output is not None:
+            return output, None
     output, weights = function(module, query, spread(module, key), spread(module, value), attention_mask, **kwargs)
     if (observer := getattr(module, "attention_observer", None)) is not None:
         shown = observer(module, query, key, value, attention_mask, output, **kwargs)

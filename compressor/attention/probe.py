@@ -21,7 +21,12 @@ from compressor.errors import ModelError
 
 # Tensors that attention functions are given and that leave the scores alone: what they say is in the mask already.
 _HARMLESS = {"position_ids", "indices", "block_indices", "cu_seq_lens_q", "cu_seq_lens_k"}
+_MORE = ("softcap", "position_bias", "s_aux", "sinks", "cache")  # what is no scaled softmax of products
 SYMBOLS = ("key", "offset", "sequence")
+
+
+def _unknown(name: str, given: object) -> bool:
+    return isinstance(given, torch.Tensor) and name not in _HARMLESS
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -70,10 +75,14 @@ class AttentionProbe:
     After a forward pass `observed[layer index]` holds one `Attended` for every use of the layer; `take()` hands them
     over. Where a model does not look its attention function up (`fallback` tells), its softmax over the keys is read,
     or what it gives to fused attention. On leaving, by whatever way, the model is as it was.
+
+    Looking does not change what the model computes by a bit, unless `in_passing`: then sdpa attention on a CPU is
+    computed along with what it attends to, in one pass instead of two, and is the same up to rounding.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], *, in_passing: bool = False) -> None:
         self.model = model
+        self.in_passing = in_passing
         self.layers = [layer for layer in layers if layer.num_heads]
         self.fallback = not all(layer.interface for layer in self.layers)
         self.attention_mask: torch.Tensor | None = None
@@ -134,7 +143,7 @@ class AttentionProbe:
             ModelError: there is an argument that may change the scores in a way that is not known here.
         """
         for name, other in others.items():
-            if isinstance(other, torch.Tensor) and name not in _HARMLESS:
+            if _unknown(name, other):
                 raise ModelError(
                     f"{type(module).__name__} gives its attention function {name}, of which scoring knows nothing"
                 )
@@ -152,6 +161,43 @@ class AttentionProbe:
         )
         self._record(module, attended)
 
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **others: object,
+    ) -> torch.Tensor | None:
+        """Record what a layer attends to and give its attention, [batch, queries, heads, dim]; None if that is not all.
+
+        That is so with anything but a scaled softmax on a CPU, and where gradients or dropout are wanted.
+        """
+        more = [
+            name for name, other in others.items() if other is not None and (name in _MORE or _unknown(name, other))
+        ]
+        usual = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
+        seen = mask is None or mask.dtype == torch.bool
+        if more or not (usual and seen) or dropout or torch.is_grad_enabled():
+            return None
+        causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+        attended = attended_keys(
+            query,
+            spread(module, key),
+            mask,
+            scaling=scaling,
+            causal=causal and query.shape[2] > 1,
+            first_key=self._first_key(),
+            value=spread(module, value),
+        )
+        self._record(module, attended)
+        return attended.output
+
     def _record(self, module: nn.Module, attended: Attended) -> None:
         layer = self._modules[module]
         if len(layer.maps[0]) > 1:  # of the maps that make a head, the first speaks for it
@@ -167,7 +213,8 @@ class AttentionProbe:
         for model in {self.model, self.model.base_model}:
             stack.callback(model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         stack.enter_context(readable_masks(self.model))
-        stack.enter_context(observing([m for m, layer in self._modules.items() if layer.interface], self.observe))
+        asking = [module for module, layer in self._modules.items() if layer.interface]
+        stack.enter_context(observing(asking, self.observe, self.attend if self.in_passing else None))
         if self.fallback:
             frames: list[Frame] = []
             stack.enter_context(running(self.model.named_modules(), frames))

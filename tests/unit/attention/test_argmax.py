@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.nn import functional
 
 from compressor.attention import AttentionProbe, argmax, attention_layers
 from compressor.attention.argmax import Attended, attended_keys
@@ -265,6 +266,36 @@ def test_ties_go_to_the_lowest_index(scratch):
     repeated = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0])[None, None, :, None].expand(1, 2, 6, 4)
     assert attended_keys(torch.ones(1, 2, 6, 4), repeated, None, scratch=scratch).key.eq(1).all()
     assert torch.allclose(attended_keys(query, same, None, scratch=scratch).first, torch.tensor(1 / 6))
+
+
+@SCRATCH
+@pytest.mark.parametrize("tokens", [1, 9, 150])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+def test_attention_in_passing_is_that_of_torch(scratch, tokens, padding, kv_heads):
+    """In double precision; what is found on the way is what is found alone, by the bit."""
+    generator = torch.Generator().manual_seed(tokens + kv_heads)
+    query, key, value = (
+        torch.randn(3, tokens, heads, dim, generator=generator, dtype=torch.float64).transpose(1, 2)
+        for heads, dim in ((6, 5), (kv_heads, 5), (kv_heads, 7))
+    )
+    mask = None
+    if padding != "none":
+        see = torch.ones(3, tokens, dtype=torch.bool)
+        for row, length in enumerate((0, 1, tokens // 2)):
+            see[row, slice(length) if padding == "left" else slice(tokens - length, None)] = tokens == 1
+        mask = see[:, None, None] & see[:, None, :, None] & torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    found = attended_keys(query, key, mask, causal=True, value=value, scratch=scratch)
+    alone = attended_keys(query, key, mask, causal=True, scratch=scratch)
+    expected = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    assert torch.equal(found.key, alone.key)
+    assert torch.allclose(found.first, alone.first, rtol=1e-12, atol=0, equal_nan=True)
+    assert alone.output is None
+    assert found.output is not None
+    assert found.output.shape == (3, tokens, 6, 7)
+    assert torch.allclose(found.output.transpose(1, 2), expected, rtol=1e-12, atol=1e-13)
 
 
 def test_the_first_key_is_the_first_real_one():

@@ -191,6 +191,46 @@ def test_the_output_under_the_probe_is_the_output_without(build, make_batch, kin
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "qwen3", "uneven"])
+@PADDINGS
+def test_attention_computed_in_passing_is_the_models_own(build, make_batch, monkeypatch, kind, padding):
+    """Then sdpa is not called at all; symbols and masses are those of the second pass."""
+    model = build("llama" if kind == "uneven" else kind)
+    if kind == "uneven":
+        prune_heads(model, {0: [0], 1: [3, 4]})
+    batch = make_batch(padding)
+    mask, layers = batch["attention_mask"].bool(), attention_layers(model)
+    with torch.no_grad():
+        expected = model(**batch).logits[mask]
+        with AttentionProbe(model, layers) as probe:
+            model(**batch)
+            alone = only(probe.take())
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+        with AttentionProbe(model, layers, in_passing=True) as probe:
+            assert torch.allclose(model(**batch).logits[mask], expected, rtol=1e-9, atol=1e-10)
+            found = only(probe.take())
+    for index in alone:
+        assert torch.equal(real(found[index].key, mask), real(alone[index].key, mask))
+        assert torch.allclose(real(found[index].first, mask), real(alone[index].first, mask), rtol=1e-9)
+
+
+@pytest.mark.parametrize("reason", ["gradients", "dropout", "eager", "bfloat16"])
+def test_what_is_more_than_a_softmax_is_left_to_the_model(build, make_batch, reason):
+    """The probe then takes its second pass, and the output is the model's by the bit."""
+    implementation = "eager" if reason == "eager" else "sdpa"
+    dtype = torch.bfloat16 if reason == "bfloat16" else torch.float32
+    model, batch = build("gpt2", implementation=implementation, dtype=dtype), make_batch("none")
+    if reason == "dropout":
+        model = build("gpt2", dtype=dtype, attn_pdrop=0.5).train()
+    outputs = []
+    with torch.set_grad_enabled(reason == "gradients"):
+        for in_passing in (False, True):
+            torch.manual_seed(0)
+            with AttentionProbe(model, attention_layers(model), in_passing=in_passing):
+                outputs.append(model(**batch).logits)
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_uneven_models_compute_the_same_under_the_probe(build, make_batch, implementation):
     model = prune_heads(build("llama", implementation=implementation, dtype=torch.float32), {0: [0], 1: [3, 4]})
