@@ -17,7 +17,7 @@ from compressor.attention import kernel
 
 LOG2_E = math.log2(math.e)
 # Numbers at hand at one time: on a CPU what its caches hold, elsewhere enough for kernels to be few and large.
-CPU_SCRATCH, DEVICE_SCRATCH = 1 << 21, 1 << 24
+CPU_SCRATCH, DEVICE_SCRATCH = 1 << 22, 1 << 24
 CAUSAL_QUERIES = 64  # in a block at most: the fewer, the less is computed of what none of them may see
 
 
