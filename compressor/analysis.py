@@ -105,7 +105,7 @@ def analyse(evidence: Evidence, layer: int, analysis: Analysis) -> Findings:
         found["triples"] = {"entropy": triples, **_tested_triples(evidence, analysis)}
     if analysis.values:
         found["values"] = _values(evidence, triples, analysis)
-    if analysis.resamples:
+    if analysis.resamples and evidence.documents.min() < evidence.documents.max():  # one says nothing about others
         resampled = bootstrap_pairs(evidence.symbols, evidence.documents, analysis.resamples, analysis.seed)
         pairs = torch.from_numpy(resampled)
         found["resampled"] = {

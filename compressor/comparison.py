@@ -54,7 +54,7 @@ def compare(
             raise ModelError(f"{name} has another tokenizer than {dense.name}: their perplexities cannot be compared")
     settings = {
         "batch_size": recipe.batch_size,
-        "prompt_length": _prompt_length(dense, recipe),
+        "prompt_length": prompt_length_of(dense, recipe),
         "new_tokens": recipe.new_tokens,
         "repeats": recipe.repeats,
         "seed": recipe.seed,
@@ -139,7 +139,12 @@ def _row(name: str, kind: str, model: PreTrainedModel, dense: LoadedModel, data:
     return {"name": name, "kind": kind, "perplexity": perplexity, "costs": costs}
 
 
-def _prompt_length(dense: LoadedModel, recipe: Recipe) -> int:
+def prompt_length_of(dense: LoadedModel, recipe: Recipe) -> int:
+    """Tokens of prefill that fit the context with what is decoded after them.
+
+    Raises:
+        RecipeError: there is no room for any.
+    """
     room = dense.context - (recipe.new_tokens if dense.task == "causal" else 0)
     if room < 1:
         raise RecipeError(

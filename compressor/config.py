@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -92,7 +93,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise RecipeError(f"{name} is {value}; expected {minimum} or more")
-        if self.memory_budget is not None and not self.memory_budget > 0:
+        if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
             raise RecipeError(f"memory_budget is {self.memory_budget:g}; expected GiB, more than 0")
         if self.seed >= 1 << 32:
             raise RecipeError(f"seed is {self.seed}; expected less than 2³² = {1 << 32}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from compressor.attention import attention_layers, prune_heads
 from compressor.budget import allocate
-from compressor.comparison import measure_quality, measure_speed, summarise
+from compressor.comparison import measure_quality, measure_speed, prompt_length_of, summarise
 from compressor.confidence import is_saturated
 from compressor.config import Recipe
 from compressor.criteria import criterion, random_scores
@@ -159,7 +159,7 @@ def _speed(dense: LoadedModel, plan: PruningPlan, recipe: Recipe) -> dict[str, A
         {"dense": dense.model, "pruned": pruned},
         causal=dense.task == "causal",
         batch_size=recipe.batch_size,
-        prompt_length=min(recipe.prompt_length, dense.context - recipe.new_tokens),
+        prompt_length=prompt_length_of(dense, recipe),
         new_tokens=recipe.new_tokens,
         repeats=recipe.repeats,
         seed=recipe.seed,

@@ -10,6 +10,7 @@ import torch
 
 from compressor.errors import RecipeError
 from compressor.game.counts import PairStatistics
+from compressor.game.resampling import share_removed
 from compressor.game.values import phi_from
 from compressor.types import HeadScores, PruningPlan, Scores
 
@@ -82,9 +83,9 @@ def shares_removed(scores: Scores, criterion: str, choose: Choose) -> list[list[
     resamples = max((len(layer["phi"]) for layer in layers if layer), default=0)
     if criterion not in WATCHED or not resamples:
         return None
-    removed = [torch.zeros(len(layer.phi)) for layer in scores.layers]
+    masks = [torch.zeros(resamples, len(layer.phi), dtype=torch.bool) for layer in scores.layers]
     for one in range(resamples):
         values = [_values(criterion, layer["phi"][one], layer["entropy"][one]) if layer else () for layer in layers]
         for index, heads in choose(HeadScores(criterion, tuple(values))).heads.items():
-            removed[index][list(heads)] += 1
-    return [(layer / resamples).tolist() for layer in removed]
+            masks[index][one, list(heads)] = True
+    return [share_removed(mask.numpy()).tolist() for mask in masks]

@@ -27,7 +27,7 @@ _ADVICE = (
 def run_scoring(module: LanguageModel, data: TextDataModule, scoring: HeadScoring, device: torch.device) -> None:
     """One epoch over the calibration windows; the outcome is in `scoring.layers_scored`."""
     with _quiet_lightning():
-        _trainer(device, [scoring, Progress("scoring")]).predict(module, datamodule=data, return_predictions=False)
+        _trainer(device, [Progress("scoring"), scoring]).predict(module, datamodule=data, return_predictions=False)
 
 
 def run_perplexity(module: LanguageModel, data: TextDataModule, device: torch.device, description: str) -> float:

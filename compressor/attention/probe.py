@@ -29,6 +29,11 @@ def _unknown(name: str, given: object) -> bool:
     return isinstance(given, torch.Tensor) and name not in _HARMLESS
 
 
+def _causal(module: nn.Module, query: torch.Tensor, told: bool | None) -> bool:
+    """Whether attention without a mask is causal, as sdpa has it: a single query behind a cache sees all keys."""
+    return query.shape[2] > 1 and (bool(getattr(module, "is_causal", True)) if told is None else told)
+
+
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position of every token of [batch, tokens] counted without padding; meaningless where the mask is 0."""
     return attention_mask.long().cumsum(-1) - 1
@@ -147,13 +152,12 @@ class AttentionProbe:
                 raise ModelError(
                     f"{type(module).__name__} gives its attention function {name}, of which scoring knows nothing"
                 )
-        causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         attended = attended_keys(
             query,
             spread(module, key),
             mask,
             scaling=scaling,
-            causal=causal and query.shape[2] > 1,  # as sdpa has it: a single query behind a cache sees all keys
+            causal=_causal(module, query, is_causal),
             softcap=softcap,
             bias=position_bias,
             sinks=sinks if s_aux is None else s_aux,
@@ -185,13 +189,12 @@ class AttentionProbe:
         seen = mask is None or mask.dtype == torch.bool
         if more or not (usual and seen) or dropout or torch.is_grad_enabled():
             return None
-        causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         attended = attended_keys(
             query,
             spread(module, key),
             mask,
             scaling=scaling,
-            causal=causal and query.shape[2] > 1,
+            causal=_causal(module, query, is_causal),
             first_key=self._first_key(),
             value=spread(module, value),
         )

@@ -104,25 +104,6 @@ def share_removed(masks: ArrayLike) -> np.ndarray:
     return np.asarray(_resampled("masks", masks).mean(axis=0))
 
 
-def agreement(masks: ArrayLike, removed: ArrayLike) -> float:
-    """Mean Jaccard overlap |A ∩ B| / |A ∪ B| of what resamples remove with what the full sample removes.
-
-    Two empty sets agree. Masks may be of one layer or of all layers side by side.
-
-    Args:
-        masks: what each resample removes, bool [resamples, heads].
-        removed: what the full sample removes, bool [heads].
-
-    Raises:
-        ValueError: there are no resamples, or they have other heads than the full sample.
-    """
-    sets, full = _resampled("masks", masks).astype(bool), np.asarray(removed).astype(bool)
-    if sets.shape[1:] != full.shape:
-        raise ValueError(f"masks are of shape {sets.shape}; expected resamples of the {full.size} heads in removed")
-    both, either = (sets & full).sum(axis=-1), (sets | full).sum(axis=-1)
-    return float(np.where(either == 0, 1.0, both / np.maximum(either, 1)).mean())
-
-
 def compact_labels(name: str, labels: ArrayLike | torch.Tensor, observations: int) -> np.ndarray:
     """Number one label per observation 0, 1, 2 … in the order of the labels: integers [observations] → int64.
 

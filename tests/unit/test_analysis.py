@@ -215,6 +215,10 @@ def test_resamples_are_those_of_documents_written_out():
         assert torch.allclose(found["entropy"][one], game.entropies(rows), rtol=0, atol=1e-12)
 
 
+def test_one_document_says_nothing_about_others():
+    assert "resampled" not in analyse(evidence(3, lengths=[20]), 1, Analysis(layers=(), resamples=5))
+
+
 def test_layers_resample_together_and_seeds_do_not():
     """A resampled plan speaks of one set of documents in all layers."""
     whole = evidence(6)

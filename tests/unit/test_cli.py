@@ -273,6 +273,7 @@ def test_triple_layers_out_of_range(refuse: Compress, models: dict[str, str], te
         ("--order", "17", ("order is 17", "16 at most")),
         ("--order", "1", ("order is 1", "expected 2 or more")),
         ("--memory-budget", "0", ("memory_budget is 0", "GiB")),
+        ("--memory-budget", "inf", ("memory_budget is inf", "GiB")),
         ("--bootstrap", "-1", ("bootstrap is -1",)),
     ],
 )

@@ -8,7 +8,6 @@ import torch
 
 from compressor.game import pair_entropies
 from compressor.game.resampling import (
-    agreement,
     bootstrap_pairs,
     draw_examples,
     interval,
@@ -146,10 +145,6 @@ def test_ranks_by_hand():
 def test_removals_by_hand():
     masks = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 1, 1]], dtype=bool)
     assert share_removed(masks).tolist() == [0.75, 0.5, 0.5, 0.25]
-    assert agreement(masks, masks[0]) == pytest.approx((1 + 1 / 3 + 1 + 0) / 4)
-    assert agreement(masks[:1], [False] * 4) == 0
-    assert agreement(np.zeros((2, 3), bool), [False] * 3) == 1
-    assert agreement(np.array([[True, False], [False, False]]), [True, False]) == pytest.approx(0.5)
 
 
 SYMBOLS, EXAMPLES = layer(4, 2, seed=0)
@@ -172,7 +167,6 @@ SYMBOLS, EXAMPLES = layer(4, 2, seed=0)
         (lambda: rank_interval(np.zeros((2, 3)), level=0.0), "level is 0"),
         (lambda: rank_interval(np.zeros((0, 3))), "at least one resample"),
         (lambda: share_removed(np.zeros((0, 3), bool)), "at least one resample"),
-        (lambda: agreement(np.zeros((2, 3), bool), np.zeros(4, bool)), "heads in removed"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(call, message):
