@@ -148,7 +148,7 @@ def value_of(config: Any, name: str) -> Any:
 def layers(default: Any, names: set[str]) -> dict[str, Any]:
     """The fewest of the default's layers that show every kind of layer, at least two of them attention."""
     count: int = getattr(default, "num_hidden_layers", 0)
-    lists = {name: v for name in names if isinstance(v := value_of(default, name), list) and len(v) == count}
+    lists = {name: v for name in sorted(names) if isinstance(v := value_of(default, name), list) and len(v) == count}
     lists = {name: column for name, column in lists.items() if column != [*range(count)]}  # indices of layers
     if not lists:
         return {}
