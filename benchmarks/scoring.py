@@ -1,18 +1,19 @@
 """What a scoring epoch costs beside the model itself: GPT-2 small's shape, random weights and token ids, no padding.
 
     python benchmarks/scoring.py
+    python benchmarks/scoring.py --tokens 1024 --batch-size 4 --batches 9
 
 Four epochs over the same batches, one after the other in every repeat: the whole model; its backbone alone, which is
 all that scoring needs of it; the scoring epoch, φ included; and the same φ by the obvious way, which keeps whole
-attention matrices, takes their argmax and counts pairs with NumPy. Writes benchmarks/results/scoring-gpt2-shape.json.
+attention matrices, takes their argmax and counts pairs with NumPy. Memory is that of one batch: live tensors at most,
+beyond parameters and, in the scoring epoch, the histograms. Writes benchmarks/results/scoring-gpt2-shape-TOKENS.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from clock import interleaved, ratios, spread
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -30,6 +33,7 @@ from compressor.console import log, show_logs
 from compressor.environment import machine, versions
 from compressor.files import to_json
 from compressor.game.values import phi_from
+from compressor.measure.memory import parameter_bytes, peak_bytes
 from compressor.module import Batch, LanguageModel
 from compressor.trainer import run_scoring
 
@@ -47,11 +51,24 @@ class Batches(L.LightningDataModule):
         return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
 
 
-def scored(model: GPT2LMHeadModel, layers: Sequence[AttentionLayer], batches: list[Batch]) -> list[torch.Tensor]:
-    """φ of every layer by the scoring epoch."""
-    scoring = HeadScoring(layers, batches[0]["input_ids"].shape[1], analysis=Analysis(layers=()))
+class Weighed(HeadScoring):
+    """A scoring epoch that also tells what its histograms weigh at the end."""
+
+    histogram_bytes = 0
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+        for counts in self._counts.values():
+            counts.pairs._fold()
+            states = (getattr(counts.pairs, name) for name in counts.pairs._defaults)
+            self.histogram_bytes += sum(tensor.nbytes for tensor in tree_leaves(list(states)))
+        super().on_predict_end(trainer, pl_module)
+
+
+def scored(model: GPT2LMHeadModel, layers: Sequence[AttentionLayer], batches: list[Batch]) -> Weighed:
+    """The scoring epoch."""
+    scoring = Weighed(layers, batches[0]["input_ids"].shape[1], analysis=Analysis(layers=()))
     run_scoring(LanguageModel(model, "causal"), Batches(batches), scoring, model.device)  # type: ignore[arg-type]
-    return [layer.phi for layer in scoring.layers_scored]
+    return scoring
 
 
 @torch.inference_mode()
@@ -76,42 +93,29 @@ def _entropies(symbols: np.ndarray) -> torch.Tensor:
     return table
 
 
-def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run in every repeat, interleaved."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-        log.info(
-            f"repeat {repeat + 1} of {repeats}: " + ", ".join(f"{name} {s[-1]:.1f} s" for name, s in seconds.items())
-        )
-    return seconds
-
-
 def row(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Seconds, and the ratios of every repeat to the model and to its backbone: median, minimum and maximum."""
-    row: dict[str, Any] = {"name": name, "seconds": _spread(seconds[name])}
+    row: dict[str, Any] = {"name": name, "seconds": spread(seconds[name])}
     for base in ("model", "backbone"):
-        row[f"to_{base}"] = _spread([own / other for own, other in zip(seconds[name], seconds[base], strict=True)])
+        row[f"to_{base}"] = ratios(seconds[name], seconds[base])
     log.info(
         f"{name}: {row['to_model']['median']:.3f} of the model, {row['to_backbone']['median']:.3f} of its backbone"
     )
     return row
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def peak(run: Callable[[], object], model: torch.nn.Module) -> int:
+    """Bytes of live tensors at most during a run, beyond the model's own."""
+    return peak_bytes(run, model.parameters()) - parameter_bytes(model)
 
 
 def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=12)
+    parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     show_logs(quiet=False)
     torch.manual_seed(0)
@@ -124,22 +128,27 @@ def main() -> None:
     layers = attention_layers(model)
 
     @torch.inference_mode()
-    def forward(part: torch.nn.Module) -> None:
+    def forward(part: torch.nn.Module, batches: list[Batch]) -> None:
         for batch in batches:
             part(**batch, use_cache=False)
 
-    runs: dict[str, Callable[[], Any]] = {
-        "model": lambda: forward(model),
-        "backbone": lambda: forward(model.base_model),
-        "scoring": lambda: scored(model, layers, batches),
-        "naive": lambda: naive(eager, batches),
+    ways: dict[str, Callable[[list[Batch]], Any]] = {
+        "model": lambda batches: forward(model, batches),
+        "backbone": lambda batches: forward(model.base_model, batches),
+        "scoring": lambda batches: scored(model, layers, batches),
+        "naive": lambda batches: naive(eager, batches),
     }
-    pairs = zip(runs["scoring"](), runs["naive"](), strict=True)
-    apart = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
-    seconds = measure(runs, args.repeats)
+    ours = ways["scoring"](batches)
+    pairs = zip([layer.phi for layer in ours.layers_scored], ways["naive"](batches), strict=True)
+    apart = max((mine - theirs).abs().max().item() for mine, theirs in pairs)
+    memory = {name: peak(partial(way, batches[:1]), eager if name == "naive" else model) for name, way in ways.items()}
+    # Over the whole epoch, for histograms come into being as it goes on.
+    memory["scoring"] = peak(partial(ways["scoring"], batches), model) - ours.histogram_bytes
+    seconds = interleaved({name: partial(way, batches) for name, way in ways.items()}, args.repeats)
     document = {
         "suite": "scoring",
-        "rows": [row(name, seconds) for name in runs],
+        "rows": [row(name, seconds) | {"memory_bytes": memory[name]} for name in ways],
+        "histogram_bytes": ours.histogram_bytes,
         "largest_difference_of_phi": apart,
         "settings": {**vars(args), "dtype": str(model.dtype)},
         "model": "GPT-2 small's shape, random weights",
@@ -147,7 +156,7 @@ def main() -> None:
         "versions": versions(),
     }
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / "scoring-gpt2-shape.json"
+    target = RESULTS / f"scoring-gpt2-shape-{args.tokens}.json"
     target.write_text(to_json(document), encoding="utf-8")
     log.info(f"written: benchmarks/results/{target.name}")
 

@@ -111,21 +111,54 @@ def scoring_table(document: dict[str, Any]) -> str:
         "scoring": "scoring epoch: symbols, pairs, φ",
         "naive": "the same from whole attention matrices and `np.unique`",
     }
-    lines = [_line("epoch", "seconds", "÷ model", "÷ backbone"), _line(*["---"] * 4)]
+    lines = [_line("epoch", "seconds", "÷ model", "÷ backbone", "MiB"), _line(*["---"] * 5)]
     for row in document["rows"]:
-        spreads = [row[name] for name in ("seconds", "to_model", "to_backbone")]
-        cells = [f"{spread['median']:.2f} [{spread['min']:.2f}, {spread['max']:.2f}]" for spread in spreads]
-        lines.append(_line(names[row["name"]], *cells))
+        cells = [_spread(row[name]) for name in ("seconds", "to_model", "to_backbone")]
+        lines.append(_line(names[row["name"]], *cells, f"{row['memory_bytes'] / 2**20:,.0f}"))
     settings, machine = document["settings"], document["machine"]
+    histograms = document["histogram_bytes"] / 2**20
     caption = (
         f"{document['model']}: median [minimum, maximum] of {settings['repeats']} interleaved repeats of "
-        f"{settings['batches']} batches of {settings['batch_size']} × {settings['tokens']} tokens; "
+        f"{settings['batches']} batches of {settings['batch_size']} × {settings['tokens']} tokens; live tensors at "
+        f"most beyond parameters and, in the scoring epoch, {histograms:,.0f} MiB of histograms; "
         f"{machine['processor']}, {machine['torch_threads']} threads, torch {document['versions']['torch']}."
     )
     return "\n".join([*lines, "", caption])
 
 
-TABLES = {"quality": quality_table, "speed": speed_table, "models": models_table, "scoring": scoring_table}
+def game_table(document: dict[str, Any]) -> str:
+    """Processor time of counting and playing on bare arrays."""
+    coalitions, shapley, epoch = document["coalitions"], document["shapley"], document["epoch"]
+    settings, machine = document["settings"], document["machine"]
+    work = f"{coalitions['count']} pairs and triples of {coalitions['heads']} heads"
+    lines = [_line("work", "by", "CPU seconds", "÷ ours"), _line(*["---"] * 4)]
+    for name, seconds in coalitions["seconds"].items():
+        ratio = coalitions["to_compressor"].get(name, 1.0)
+        lines.append(_line(work, name, _spread(seconds), _spread(ratio) if isinstance(ratio, dict) else f"{ratio:.0f}"))
+    work = f"exact Shapley values of {shapley['heads']} heads"
+    lines.append(_line(work, "compressor", _spread(shapley["seconds"]), ""))
+    share = epoch["counting_to_forward"]
+    caption = (
+        f"{settings['observations']:,} observations of {settings['alphabet']} symbols; median [minimum, maximum] of "
+        f"{settings['repeats']} interleaved repeats (infomeasure {settings['infomeasure']}: one), one thread; "
+        f"{machine['processor']}, numpy {settings['numpy']}. Counting all pairs of {epoch['layers']} layers of "
+        f"{epoch['heads']} heads takes {share['median']:.1%} [{share['min']:.1%}, {share['max']:.1%}] of the forward "
+        "pass of TinyLlama's shape over as many tokens, extrapolated from single layers."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+TABLES = {
+    "quality": quality_table,
+    "speed": speed_table,
+    "models": models_table,
+    "scoring": scoring_table,
+    "game": game_table,
+}
+
+
+def _spread(values: dict[str, float]) -> str:
+    return f"{values['median']:.2f} [{values['min']:.2f}, {values['max']:.2f}]"
 
 
 def _saved(row: dict[str, Any], dense: dict[str, Any], share: str) -> str:

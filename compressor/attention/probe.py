@@ -228,7 +228,8 @@ class AttentionProbe:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
         self.observed = {}  # a new forward pass begins
-        self.attention_mask = given.get("attention_mask")
+        mask = given.get("attention_mask")
+        self.attention_mask = mask if mask is not None and mask.ndim == 2 else None  # others do not tell padding
 
     def _heads(self, module: nn.Module) -> int | None:
         layer = self._modules.get(module)

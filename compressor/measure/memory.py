@@ -51,10 +51,15 @@ def peak_memory(model: nn.Module, input_ids: Tensor) -> int:
         if input_ids.device.type == "cuda":
             with torch.cuda.device(input_ids.device):
                 return _cuda_peak(lambda: model(input_ids=input_ids, use_cache=False), resident)
-        storages = _LiveStorages(resident)
-        with storages:
-            model(input_ids=input_ids, use_cache=False)
-        return storages.peak
+        return peak_bytes(lambda: model(input_ids=input_ids, use_cache=False), resident)
+
+
+def peak_bytes(run: Callable[[], object], resident: Iterable[Tensor]) -> int:
+    """Peak bytes of live tensors off CUDA while something runs, from those that are `resident` on."""
+    storages = _LiveStorages(resident)
+    with storages:
+        run()
+    return storages.peak
 
 
 def _cuda_peak(forward: Callable[[], object], resident: Iterable[Tensor]) -> int:

@@ -76,6 +76,19 @@ def assert_seen(found: probing.Attended, weights: torch.Tensor, mask: torch.Tens
     assert len(real(found.key, mask).unique()) > 2  # these heads do look around
 
 
+def test_a_mask_for_every_query_is_obeyed(build, make_batch):
+    """One of four dimensions, which says all that one of two would, but not where the text begins."""
+    model, batch = build("llama", dtype=torch.float32), make_batch("right")
+    mask = batch["attention_mask"]
+    tokens = mask.shape[1]
+    visible = torch.ones(tokens, tokens, dtype=torch.bool).tril() & mask[:, None, None].bool()
+    expected = watch(model, batch)
+    found = watch(model, {**batch, "attention_mask": visible})
+    for index, attended in expected.items():
+        assert torch.equal(real(found[index].key, mask), real(attended.key, mask))
+        assert torch.allclose(real(found[index].first, mask), real(attended.first, mask))
+
+
 @PADDINGS
 def test_a_layer_that_is_applied_several_times_is_seen_as_often(build, make_batch, eager_attentions, padding):
     """ALBERT has one layer, and transformers hands out a matrix for each of its uses."""
