@@ -44,6 +44,13 @@ class LanguageModel(L.LightningModule):
         logits, labels = self(batch), batch["labels"]
         return (logits[:, :-1], labels[:, 1:]) if self.task == "causal" else (logits, labels)
 
+    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy of each sequence, summed over its predicted tokens, in nats; and their number: [batch] each."""
+        logits, labels = self.aligned(batch)
+        wide = logits.transpose(1, 2).to(torch.promote_types(logits.dtype, torch.float32))
+        losses = functional.cross_entropy(wide, labels, ignore_index=-100, reduction="none")
+        return losses.sum(1), (labels != -100).sum(1)
+
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
         """Run the backbone and throw its output away."""
         backbone = self.model.base_model

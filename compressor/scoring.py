@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from compressor.analysis import Analysis, Coalition
+from compressor.analysis import VALUES, Analysis, Coalition
 from compressor.attention import AttentionLayer, attention_layers
 from compressor.budget import allocate
 from compressor.callbacks import HeadScoring
 from compressor.confidence import COVERED, believed, is_saturated
 from compressor.config import Recipe
 from compressor.console import log
+from compressor.damage import DAMAGES, damages, site_of
 from compressor.environment import versions
 from compressor.errors import ModelError, RecipeError
+from compressor.files import did_you_mean
 from compressor.game import coalition_dividends, coalition_entropies
 from compressor.game.counting import columns_of, measure_coalitions
 from compressor.game.estimators import coverage
@@ -40,8 +43,17 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
     stop = _stop(recipe, layers) if recipe.until_stable else None
     budget = None if recipe.memory_budget is None else int(recipe.memory_budget * 2**30)
     scoring = HeadScoring(layers, windows.longest, recipe.symbol, analysis, budget, stop)
-    run_scoring(LanguageModel(loaded.model, loaded.task), data, scoring, loaded.model.device)
+    module = LanguageModel(loaded.model, loaded.task)
+    run_scoring(module, data, scoring, loaded.model.device)
     scored = scoring.layers_scored
+    if asked := sorted(set(recipe.values or ()) & set(DAMAGES)):
+        module.to(loaded.model.device)  # the Trainer leaves its model on the CPU
+        sites = [site_of(layer, layer.num_heads) for layer in layers]
+        found = damages(module, list(data.loss_dataloader()), sites, asked, recipe.seed)
+        scored = tuple(
+            replace(layer, values={**layer.values, **{name: parts[index] for name, parts in found.items()}})
+            for index, layer in enumerate(scored)
+        )
     if not all(torch.isfinite(torch.cat([layer.first_key_mass, layer.output_norm])).all() for layer in scored):
         raise ModelError(f"the attention of {loaded.name} is not finite; its weights are broken")
     saturated = [index for index, layer in enumerate(scored) if is_saturated(layer)]
@@ -84,7 +96,7 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
             "symbol": recipe.symbol,
             "triple_layers": list(analysis.layers),
             "order": recipe.order,
-            "values": list(analysis.values),
+            "values": list(recipe.values or ()),
             "bootstrap": recipe.bootstrap,
             "shuffles": recipe.shuffles,
             "data": recipe.data,
@@ -111,13 +123,21 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
 
 
 def analysis_of(recipe: Recipe) -> Analysis:
-    """What a recipe asks of a scoring epoch."""
+    """What a recipe asks of a scoring epoch.
+
+    Raises:
+        RecipeError: it asks for a value that nobody knows.
+    """
+    known = (*VALUES, *DAMAGES)
+    for value in recipe.values or ():
+        if value not in known:
+            raise RecipeError(f"unknown value {value!r}{did_you_mean(value, known)}; known: {', '.join(known)}")
     return Analysis(
         estimator=recipe.estimator,
         layers=tuple(recipe.triple_layers if recipe.triple_layers is not None else [0]),
         order=recipe.order,
         shuffles=recipe.shuffles,
-        values=tuple(recipe.values or ()),
+        values=tuple(value for value in recipe.values or () if value in VALUES),
         resamples=recipe.bootstrap,
         coalitions=tuple(_parsed(text) for text in recipe.coalitions or ()),
         seed=recipe.seed,

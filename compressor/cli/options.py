@@ -69,7 +69,8 @@ Order = Annotated[
 Values = Annotated[
     str | None,
     typer.Option(
-        help="Further values of all heads: third-order, shapley, eta, marginal.  [default: none]",
+        help="Further values of all heads: third-order, shapley, eta, marginal, loss-game, taylor, fisher, loo, "
+        "activation, fluctuation.  [default: none]",
         rich_help_panel="Scoring",
     ),
 ]
@@ -113,7 +114,8 @@ UntilStable = Annotated[
 Criterion = Annotated[
     str | None,
     typer.Option(
-        help="gt-fep (φ), entropy, second-order, third-order, eta, shapley, marginal, bos-sink, magnitude or random.  "
+        help="gt-fep (φ), entropy, second-order, third-order, eta, shapley, marginal, loss-game, taylor, fisher, loo, "
+        "activation, fluctuation, bos-sink, magnitude or random.  "
         "[default: gt-fep]",
         rich_help_panel=_PRUNING,
     ),

@@ -1,6 +1,7 @@
 """Pruning criteria: each turns a scoring run into one number per head. Importing this package registers them."""
 
 from compressor.criteria.game import gt_fep  # isort: skip  # first, for φ comes first
+from compressor.criteria import loss as _loss  # noqa: F401
 from compressor.criteria.basic import random_scores
 from compressor.criteria.registry import Criterion, criteria, criterion, register
 

@@ -6,23 +6,23 @@ from collections.abc import Sequence
 
 import torch
 
-from compressor.criteria.registry import Values, register
+from compressor.criteria.registry import FORWARD, NOTHING, Values, register
 from compressor.types import HeadScores, Scores
 
 
-@register("bos-sink", "1 − mean attention mass on the first key: sinks go first (after arXiv 2601.06787)")
+@register("bos-sink", "1 − mean attention mass on the first key: sinks go first (after arXiv 2601.06787)", cost=FORWARD)
 def bos_sink(scores: Scores, seed: int) -> Values:
     """What a head does besides attending to the first token."""
     return [(1.0 - layer.first_key_mass).tolist() for layer in scores.layers]
 
 
-@register("magnitude", "L2 norm of the head's slice of the output projection")
+@register("magnitude", "L2 norm of the head's slice of the output projection", cost=NOTHING)
 def magnitude(scores: Scores, seed: int) -> Values:
     """How much a head can write into the residual stream."""
     return [layer.output_norm.tolist() for layer in scores.layers]
 
 
-@register("random", "a seeded draw: what any criterion has to beat")
+@register("random", "a seeded draw: what any criterion has to beat", cost=NOTHING)
 def random(scores: Scores, seed: int) -> Values:
     """Uniform draws, the same for the same seed and shape."""
     return [list(layer) for layer in random_scores([len(layer.phi) for layer in scores.layers], seed).values]

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from compressor.criteria.registry import Values, register
+from compressor.criteria.registry import FORWARD, Values, register, register_value
 from compressor.types import Scores
 
 
-@register("gt-fep", "φ = H + ½ Σ mutual information with the layer's other heads (eq. 4)", counted=True)
+@register("gt-fep", "φ = H + ½ Σ mutual information with the layer's other heads (eq. 4)", cost=FORWARD, counted=True)
 def gt_fep(scores: Scores, seed: int) -> Values:
     """The paper's φ."""
     return [layer.phi.tolist() for layer in scores.layers]
 
 
-@register("entropy", "H, the entropy of the keys a head attends to most, alone", counted=True)
+@register("entropy", "H, the entropy of the keys a head attends to most, alone", cost=FORWARD, counted=True)
 def entropy(scores: Scores, seed: int) -> Values:
     """φ without its interactions."""
     return [layer.entropy.tolist() for layer in scores.layers]
 
 
-@register("second-order", "H − ½ Σ mutual information: the Shapley value of H to second order", counted=True)
+@register("second-order", "H − ½ Σ mutual information: Shapley value of H to order two", cost=FORWARD, counted=True)
 def second_order(scores: Scores, seed: int) -> Values:
     """φ with one sign for all sizes of coalitions."""
     return [(2 * layer.entropy - layer.phi).tolist() for layer in scores.layers]
-
-
-def _given(scores: Scores, seed: int, name: str) -> Values:
-    return [layer.values[name].tolist() if len(layer.phi) else [] for layer in scores.layers]
 
 
 for _name, _summary in (
@@ -36,4 +30,4 @@ for _name, _summary in (
     ("shapley", "Shapley value of H: what a head adds to coalitions, on average"),
     ("marginal", "H(all) − H(all others): what only this head tells"),
 ):
-    register(_name, _summary, counted=True, needs=_name)(partial(_given, name=_name))
+    register_value(_name, _summary, cost=FORWARD, counted=True)

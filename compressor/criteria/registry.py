@@ -10,19 +10,22 @@ from compressor.files import did_you_mean
 from compressor.types import HeadScores, Scores
 
 Values = list[list[float]]
+NOTHING, FORWARD, BACKWARD = "nothing", "a forward pass", "a forward and a backward pass"
 
 
 @dataclass(frozen=True)
 class Criterion:
     """A named rule that turns a scoring run into one number per head; the lowest are removed first.
 
-    `counted` says that it is made from the counts of symbols, so that it is worth what these are worth; `needs` names
-    one of the values that a scoring run computes only when asked.
+    `cost` says what it takes for each calibration example. `counted` says that it is made from the counts of symbols,
+    so that it is worth what these are worth; `needs` names one of the values that a scoring run computes only when
+    asked.
     """
 
     name: str
     summary: str
     values: Callable[[Scores, int], Values]
+    cost: str
     counted: bool = False
     needs: str | None = None
 
@@ -45,17 +48,26 @@ _REGISTRY: dict[str, Criterion] = {}
 
 
 def register(
-    name: str, summary: str, *, counted: bool = False, needs: str | None = None
+    name: str, summary: str, *, cost: str, counted: bool = False, needs: str | None = None
 ) -> Callable[[Callable[[Scores, int], Values]], Callable[[Scores, int], Values]]:
     """Enter a function `(scores, seed) -> [layers][heads]` under a name nobody has yet."""
 
     def enter(values: Callable[[Scores, int], Values]) -> Callable[[Scores, int], Values]:
         if name in _REGISTRY:
             raise ValueError(f"there is already a criterion named {name!r}")
-        _REGISTRY[name] = Criterion(name, summary, values, counted, needs)
+        _REGISTRY[name] = Criterion(name, summary, values, cost, counted, needs)
         return values
 
     return enter
+
+
+def register_value(name: str, summary: str, *, cost: str, counted: bool = False) -> None:
+    """Enter a criterion that is one of the values which a scoring run computes when asked."""
+
+    def given(scores: Scores, seed: int) -> Values:
+        return [layer.values[name].tolist() if len(layer.phi) else [] for layer in scores.layers]
+
+    register(name, summary, cost=cost, counted=counted, needs=name)(given)
 
 
 def criterion(name: str) -> Criterion:

@@ -134,6 +134,10 @@ class TextDataModule(LightningDataModule):
             return self._loader(self.calibration, labels, sampler)
         return self._ordered(self.calibration, labels)
 
+    def loss_dataloader(self) -> DataLoader[PlacedExample]:
+        """Calibration windows with labels, for asking what the loss says; longest first, masked for a masked LM."""
+        return self._ordered(self.calibration, "next" if self.task == "causal" else "masked")
+
     def test_dataloader(self) -> DataLoader[PlacedExample]:
         """Evaluation windows; longest first, masked for a masked LM."""
         return self._ordered(self.evaluation, "next" if self.task == "causal" else "masked")

@@ -10,8 +10,10 @@ from compressor.criteria import registry as registry_module
 from compressor.errors import RecipeError
 from compressor.types import HeadScores, LayerScores, Scores
 
-ASKED = {"third-order", "eta", "shapley", "marginal"}  # which a scoring run computes only when asked
-NAMES = ASKED | {"gt-fep", "entropy", "second-order", "bos-sink", "magnitude", "random"}
+# Which a scoring run computes only when asked, in the order of their made-up values.
+ASKED = ["eta", "marginal", "shapley", "third-order"]
+ASKED += ["loss-game", "taylor", "fisher", "loo", "activation", "fluctuation"]
+NAMES = {*ASKED, "gt-fep", "entropy", "second-order", "bos-sink", "magnitude", "random"}
 
 
 def layer(phi: list[float], entropy: list[float], mass: list[float], norm: list[float]) -> LayerScores:
@@ -19,7 +21,7 @@ def layer(phi: list[float], entropy: list[float], mass: list[float], norm: list[
         return torch.tensor(values, dtype=torch.float64)
 
     pairs = torch.zeros(len(phi), len(phi), dtype=torch.float64)
-    values = {name: vector(phi) + place for place, name in enumerate(sorted(ASKED))} if phi else {}
+    values = {name: vector(phi) + place for place, name in enumerate(ASKED)} if phi else {}
     return LayerScores(vector(phi), vector(entropy), pairs, pairs, vector(mass), vector(norm), 10, values=values)
 
 
@@ -49,6 +51,8 @@ def scratch(monkeypatch):
         ("marginal", ((4.0, 2.5, 3.0), (), (5.0,))),
         ("shapley", ((5.0, 3.5, 4.0), (), (6.0,))),
         ("third-order", ((6.0, 4.5, 5.0), (), (7.0,))),
+        ("loss-game", ((7.0, 5.5, 6.0), (), (8.0,))),
+        ("fluctuation", ((12.0, 10.5, 11.0), (), (13.0,))),
         ("bos-sink", ((0.25, 1.0, 0.0), (), (0.5,))),
         ("magnitude", ((7.0, 8.0, 9.0), (), (6.0,))),
     ],
@@ -67,10 +71,11 @@ def test_every_criterion_scores_every_head():
         assert entry(SCORES).criterion == entry.name
         assert entry(SCORES).heads_per_layer == (3, 0, 1)
         assert entry.summary
+        assert entry.cost
         assert "\n" not in entry.summary
 
 
-@pytest.mark.parametrize("name", sorted(ASKED))
+@pytest.mark.parametrize("name", ASKED)
 def test_values_that_were_not_asked_for_are_named(name):
     bare = Scores(tuple(replace(layer, values={}) for layer in SCORES.layers), {})
     assert not criterion(name).answered_by(bare)
@@ -113,7 +118,7 @@ def test_random_layers_differ_from_each_other():
 
 
 def test_a_name_is_taken_once():
-    @register("mine", "for this test")
+    @register("mine", "for this test", cost="nothing")
     def mine(scores: Scores, seed: int) -> list[list[float]]:
         return [[float(seed)] * len(entry.phi) for entry in scores.layers]
 
@@ -121,7 +126,7 @@ def test_a_name_is_taken_once():
     assert criteria()[-1].name == "mine"
     for name in ("mine", "gt-fep"):
         with pytest.raises(ValueError, match=f"already a criterion named '{name}'"):
-            register(name, "again")(mine)
+            register(name, "again", cost="nothing")(mine)
     assert criterion("gt-fep")(SCORES).values[0] == (3.0, 1.5, 2.0)
 
 

@@ -1,0 +1,90 @@
+"""Moments of what reaches linear maps, over real tokens: streamed, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor.attention.linear import channel_axis, side
+from compressor.console import track
+from compressor.damage.gates import Site, linear_at
+from compressor.measure._forward import evaluating
+from compressor.module import Batch, LanguageModel
+
+
+def real_rows(inputs: torch.Tensor, axis: int, real: torch.Tensor) -> torch.Tensor:
+    """The rows of what goes into a linear map that belong to real tokens, [tokens, channels].
+
+    Args:
+        inputs: [sequences, tokens, channels], [sequences, channels, tokens], or [sequences · tokens, channels].
+        axis: where the channels lie.
+        real: [tokens] where the real ones are, in the flattened batch.
+    """
+    return inputs.movedim(axis, -1).flatten(0, -2)[real]
+
+
+def unit_moments(
+    module: LanguageModel, batches: Sequence[Batch], sites: Sequence[Site]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """How strongly each unit acts through its map, from one forward pass: (activation, fluctuation) [units] per site.
+
+    Activation is the root mean square of what a unit adds to the map's output; fluctuation the sum over a unit's inputs
+    of their variance times the squared norm of their weights (FLAP, arXiv 2312.11983, eq. 5).
+    """
+    maps = [linear_at(module.model, site) for site in sites]
+    norms = [_weights(part).double().square().sum(1) for part in maps]
+    sums = [torch.zeros(2, len(site.owners), dtype=torch.float64, device=module.device) for site in sites]
+    acts = [torch.zeros(site.units, dtype=torch.float64, device=module.device) for site in sites]
+    real = torch.zeros(0)
+    tokens = 0
+
+    def watch(place: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        weights, entries = _weights(maps[place]), sites[place].entries
+
+        def hook(part: nn.Module, args: tuple[Any, ...]) -> None:
+            rows = real_rows(args[0], channel_axis(part), real)
+            wide = rows.double()
+            sums[place] += torch.stack([wide.sum(0), wide.square().sum(0)])
+            if all(len(own) == 1 for own in entries):  # of a channel, the weights' norm says it all
+                return
+            for unit, own in enumerate(entries):
+                acts[place][unit] += (rows[:, own] @ weights[own]).double().square().sum()
+
+        return hook
+
+    with ExitStack() as stack, track("strength of what is handed on", len(batches)) as done:
+        stack.enter_context(evaluating(module))
+        stack.enter_context(torch.no_grad())
+        for place, part in enumerate(maps):
+            stack.callback(part.register_forward_pre_hook(watch(place)).remove)
+        for batch in batches:
+            real = batch["real"].to(module.device)
+            tokens += len(real)
+            module.predict_step({name: tensor.to(module.device) for name, tensor in batch.items()}, 0)
+            done()
+    return [
+        (_activation(site, total, act, norm, tokens), _fluctuation(site, total, norm, tokens))
+        for site, total, act, norm in zip(sites, sums, acts, norms, strict=True)
+    ]
+
+
+def _weights(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear map as [inputs, outputs]."""
+    weight = module.get_parameter("weight").detach()
+    return weight.movedim(side(module, "inputs"), 0).flatten(1)
+
+
+def _activation(site: Site, sums: torch.Tensor, acts: torch.Tensor, norms: torch.Tensor, tokens: int) -> torch.Tensor:
+    alone = [own[0] for own in site.entries if len(own) == 1]
+    squares = (sums[1] * norms)[alone] if len(alone) == site.units else acts
+    return (squares / tokens).sqrt().cpu()
+
+
+def _fluctuation(site: Site, sums: torch.Tensor, norms: torch.Tensor, tokens: int) -> torch.Tensor:
+    mean, square = sums / tokens
+    spread = (square - mean.square()).clamp(min=0) * norms
+    return torch.stack([spread[own].sum() for own in site.entries]).cpu()

@@ -1,0 +1,48 @@
+"""Slopes of the loss → what units are worth to it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from compressor.damage.slopes import Slopes
+
+
+class Worth(NamedTuple):
+    """By how much the loss rises without a unit, in nats per predicted token, and its standard error: [units] each."""
+
+    rise: torch.Tensor
+    error: torch.Tensor
+
+
+def first_order(found: Slopes) -> torch.Tensor:
+    """Mean slope of the loss per predicted token along the removal of each unit, [units]."""
+    return found.slope.sum(0) / found.tokens.sum()
+
+
+def second_moment(found: Slopes) -> torch.Tensor:
+    """Mean square of the windows' slopes per predicted token, [units]; half of it is the rise that Fisher promises."""
+    return found.slope.square().sum(0) / found.tokens.sum()
+
+
+def loss_game(found: Slopes) -> Worth:
+    """What each unit adds in the game whose value is −loss, averaged over the coalitions that were drawn.
+
+    The slope along the removal r of a unit is taken to be b + q · r, with b and q fitted by least squares to slopes at
+    random r amid other units that are partly gone. Its integral from 0 to 1, b + q / 2, is the rise of the loss: a
+    Shapley value by Owen's multilinear extension, but for coalitions of about the size that pruning leaves instead of
+    all sizes. Windows are weighed by their tokens; errors follow from the scatter of the residuals.
+    """
+    slope = found.slope / found.tokens[:, None]
+    share = (found.tokens / found.tokens.sum())[:, None]
+    centre, level = (share * found.removed).sum(0), (share * slope).sum(0)
+    away = found.removed - centre
+    variance = (share * away.square()).sum(0)
+    varied = variance > 0  # of a unit that every window had whole, there is a slope only
+    variance = variance.where(varied, 1)
+    curvature = torch.where(varied, (share * away * slope).sum(0) / variance, 0)
+    # The rise is a weighted sum of the slopes; these are its weights.
+    weights = share * (1 + torch.where(varied, (0.5 - centre) / variance, 0) * away)
+    residual = slope - level - curvature * away
+    return Worth(level + curvature * (0.5 - centre), (weights * residual).square().sum(0).sqrt())

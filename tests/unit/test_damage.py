@@ -1,0 +1,189 @@
+"""What the loss says of heads, against finite differences, silenced heads, and quadratics that are known."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+import compressor
+from compressor.attention import attention_layers
+from compressor.attention.silence import silenced_heads
+from compressor.damage import Slopes, ablations, damages, first_order, gated, loss_game, second_moment, site_of, slopes
+from compressor.errors import ModelError, RecipeError
+from compressor.module import LanguageModel
+
+KINDS = pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
+
+
+@pytest.fixture
+def prepared(build, make_batch):
+    """A tiny model, its sites, and two labelled batches with padding."""
+
+    def prepare(kind):
+        model = build(kind, dtype=torch.float64)
+        batches = []
+        for padding in ("none", "right"):
+            batch = make_batch(padding)
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            real = batch["attention_mask"].flatten().nonzero().squeeze(1)
+            batches.append({**batch, "labels": labels, "real": real})
+        layers = attention_layers(model)
+        sites = [site_of(layer, layer.num_heads) for layer in layers]
+        return LanguageModel(model, "masked" if kind == "bert" else "causal"), batches, sites
+
+    return prepare
+
+
+def mean_loss(module: LanguageModel, batches) -> float:
+    """Nats per predicted token, written down once more."""
+    total, tokens = 0.0, 0
+    for batch in batches:
+        with torch.no_grad():
+            logits = module.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        for row, labels in zip(logits, batch["labels"], strict=True):
+            shifted = (row[:-1], labels[1:]) if module.task == "causal" else (row, labels)
+            kept = shifted[1] != -100
+            total += float(functional.cross_entropy(shifted[0][kept], shifted[1][kept], reduction="sum"))
+            tokens += int(kept.sum())
+    return total / tokens
+
+
+@KINDS
+def test_losing_heads_one_at_a_time_is_silencing_them(prepared, kind):
+    module, batches, sites = prepared(kind)
+    rises = ablations(module, batches, sites)
+    whole = mean_loss(module, batches)
+    expected = []
+    for index, site in enumerate(sites):
+        for head in range(site.units):
+            with silenced_heads(module.model, {index: [head]}):
+                expected.append(mean_loss(module, batches) - whole)
+    assert torch.allclose(rises, torch.tensor(expected, dtype=torch.float64), atol=1e-9)
+    assert rises.abs().max() > 1e-3
+
+
+@KINDS
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_slopes_are_finite_differences(prepared, kind, share):
+    """Along every head, at the very point that was drawn."""
+    module, batches, sites = prepared(kind)
+    found = slopes(module, batches, sites, share, seed=3)
+    assert bool((found.removed == 0).all()) == (share == 0)
+    step, start = 1e-3, 0
+    widths = [site.units for site in sites]
+    for batch in batches:
+        rows = slice(start, start + len(batch["input_ids"]))
+        start = rows.stop
+        for unit in range(sum(widths)):
+            ends = []
+            for sign in (1, -1):
+                moved = found.removed[rows].clone()
+                moved[:, unit] += sign * step
+                with gated(module.model, sites, torch.split(1 - moved, widths, dim=1)), torch.no_grad():
+                    ends.append(module.losses(batch)[0])
+            difference = (ends[0] - ends[1]).double() / (2 * step)
+            assert torch.allclose(found.slope[rows, unit], difference, rtol=1e-2, atol=1e-2)  # norms compute in float32
+    rows = torch.cat([batch["labels"][:, int(module.task == "causal") :] for batch in batches])
+    assert found.tokens.tolist() == [sum(label != -100 for label in row) for row in rows.tolist()]
+
+
+def test_moments_of_slopes():
+    found = Slopes(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.zeros(2, 2), torch.tensor([2.0, 8.0]))
+    assert first_order(found).tolist() == pytest.approx([0.4, 0.2])
+    assert second_moment(found).tolist() == pytest.approx([1.0, 2.0])
+
+
+def line(units: int, windows: int, share: float, seed: int) -> tuple[Slopes, torch.Tensor]:
+    """Slopes that are lines along every unit, and the rises that they integrate to."""
+    generator = torch.Generator().manual_seed(seed)
+    start, curvature = torch.randn(2, units, generator=generator, dtype=torch.float64)
+    removed = torch.rand(windows, units, generator=generator, dtype=torch.float64)
+    removed *= torch.rand(windows, units, generator=generator, dtype=torch.float64) < share
+    tokens = torch.randint(20, 60, (windows,), generator=generator).double()
+    return Slopes((start + curvature * removed) * tokens[:, None], removed, tokens), start + curvature / 2
+
+
+def noisy(found: Slopes, size: float, generator: torch.Generator) -> Slopes:
+    noise = size * torch.randn(found.slope.shape, generator=generator, dtype=torch.float64)
+    return replace(found, slope=found.slope + noise * found.tokens[:, None])
+
+
+def test_a_line_is_integrated():
+    found, rises = line(units=5, windows=30, share=0.4, seed=0)
+    worth = loss_game(found)
+    assert torch.allclose(worth.rise, rises)
+    assert torch.allclose(worth.error, torch.zeros(5, dtype=torch.float64), atol=1e-12)
+
+
+def test_standard_errors_are_those_of_repetition():
+    found, rises = line(units=3, windows=200, share=0.4, seed=1)
+    generator = torch.Generator().manual_seed(5)
+    runs = [loss_game(noisy(found, 2.0, generator)) for _ in range(300)]
+    rise, error = (torch.stack(parts) for parts in zip(*runs, strict=True))
+    assert torch.allclose(error.mean(0), rise.std(0), rtol=0.15)
+    assert ((rise.mean(0) - rises).abs() < 4 * rise.std(0) / 300**0.5).all()
+
+
+def test_units_that_every_window_had_whole_have_slopes_only():
+    found, _ = line(units=3, windows=20, share=0.0, seed=3)
+    assert torch.allclose(loss_game(found).rise, first_order(found))
+
+
+@KINDS
+def test_the_loss_game_predicts_what_silencing_does(prepared, kind):
+    """Within the noise it states, beside an allowance for what is no quadratic."""
+    module, batches, sites = prepared(kind)
+    found = damages(module, batches * 50, sites, ["loss-game", "loo"], seed=1)
+    game, error, loo = (torch.cat(found[name]) for name in ("loss-game", "loss-game-error", "loo"))
+    assert ((game - loo).abs() <= 4 * error + 0.25 * loo.abs().max()).all()
+    assert torch.corrcoef(torch.stack([game, loo]))[0, 1] > 0.9
+
+
+@KINDS
+def test_strength_is_that_of_what_heads_hand_on(prepared, kind):
+    """Against outputs of the projection, of which each is taken with all other heads silenced."""
+    module, batches, sites = prepared(kind)
+    found = damages(module, batches, sites, ["activation", "fluctuation"])
+    for index, site in enumerate(sites):
+        projection = module.model.get_submodule(site.module)
+        weight = projection.weight.detach()
+        weight = weight if type(projection).__name__ == "Conv1D" else weight.T
+        inputs = []
+        hook = projection.register_forward_pre_hook(lambda part, args, seen=inputs: seen.append(args[0]))
+        with torch.no_grad():
+            for batch in batches:
+                module.model(batch["input_ids"], attention_mask=batch["attention_mask"])
+        hook.remove()
+        rows = torch.cat([seen[batch["attention_mask"].bool()] for seen, batch in zip(inputs, batches, strict=True)])
+        for head, own in enumerate(site.entries):
+            handed = rows[:, own] @ weight[own]
+            assert found["activation"][index][head] == pytest.approx(float(handed.square().sum(1).mean().sqrt()))
+            fluctuation = sum(float(rows[:, c].var(correction=0) * weight[c].square().sum()) for c in own)
+            assert found["fluctuation"][index][head] == pytest.approx(fluctuation)
+
+
+def test_a_projection_that_is_no_linear_map_is_refused(prepared):
+    module, batches, sites = prepared("gpt2")
+    holder = [type(sites[0])(sites[0].module.rpartition(".")[0], sites[0].units, sites[0].owners)]
+    with pytest.raises(ModelError, match="is no linear map of its own") as caught:
+        slopes(module, batches, holder)
+    assert "\n" not in str(caught.value)
+
+
+def test_scores_hold_what_was_asked(tmp_path):
+    names = ["loss-game", "taylor", "fisher", "loo", "activation", "fluctuation"]
+    run = compressor.score(samples=24, values=names, output_dir=tmp_path / "scores", bootstrap=0)
+    for layer in run.scores.layers:
+        assert set(names) | {"loss-game-error"} == set(layer.values)
+        assert all(torch.isfinite(values).all() for values in layer.values.values())
+    again = compressor.score(samples=24, values=names, output_dir=tmp_path / "again", bootstrap=0)
+    assert (tmp_path / "scores" / "scores.safetensors").read_bytes() == (
+        tmp_path / "again" / "scores.safetensors"
+    ).read_bytes()
+    assert again.scores.facts == run.scores.facts
+
+
+def test_an_unknown_value_is_refused():
+    with pytest.raises(RecipeError, match="unknown value 'taylr'; did you mean 'taylor'"):
+        compressor.score(values=["taylr"])
