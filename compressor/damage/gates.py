@@ -21,16 +21,23 @@ class Layer(Protocol):
     @property
     def slices(self) -> tuple[Slice, ...]: ...  # noqa: D102
 
+    @property
+    def uses(self) -> int: ...  # noqa: D102
+
     def entries(self, units: Sequence[int], /) -> list[int]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class Site:
-    """A linear map and the unit, a head or a channel, that each of its inputs comes from; −1 where it is none's."""
+    """A linear map and the unit, a head or a channel, that each of its inputs comes from; −1 where it is none's.
+
+    `uses` counts the times the map is applied in one forward pass.
+    """
 
     module: str
     units: int
     owners: tuple[int, ...]
+    uses: int = 1
 
     @property
     def entries(self) -> list[list[int]]:
@@ -49,7 +56,7 @@ def site_of(layer: Layer, units: int) -> Site:
     for unit in range(units):
         for place in layer.entries([unit]):
             owners[place] = unit
-    return Site(projection.module, units, tuple(owners))
+    return Site(projection.module, units, tuple(owners), layer.uses)
 
 
 @contextmanager
