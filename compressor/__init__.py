@@ -4,7 +4,7 @@ The public names, stable from now on:
 
 - `attention_layers(model)`: where a model's heads sit.
 - `prune_heads(model, {layer: [head, …]})`: remove heads from the weights, in place.
-- `score(...)`, `prune(...)`, `bench(...)`, `run(...)`, `paper(...)`: the verbs of the command line.
+- `score(...)`, `prune(...)`, `recover(...)`, `bench(...)`, `run(...)`, `paper(...)`: the verbs of the command line.
 - `load(path)`: a model, dense or pruned.
 - `compressor.game`: entropies, dividends and φ on bare arrays.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from compressor.attention import AttentionLayer, attention_layers, prune_heads
     from compressor.errors import CompressorError
     from compressor.loading import load
-    from compressor.pipeline import bench, paper, prune, run, score
+    from compressor.pipeline import bench, paper, prune, recover, run, score
 
 __all__ = [
     "AttentionLayer",
@@ -29,6 +29,7 @@ __all__ = [
     "paper",
     "prune",
     "prune_heads",
+    "recover",
     "run",
     "score",
 ]
@@ -43,6 +44,7 @@ _HOMES = {
     "bench": "compressor.pipeline",
     "paper": "compressor.pipeline",
     "prune": "compressor.pipeline",
+    "recover": "compressor.pipeline",
     "run": "compressor.pipeline",
     "score": "compressor.pipeline",
 }

@@ -21,8 +21,8 @@ from compressor.files import did_you_mean
 class Recipe:
     """Every setting of every verb; a verb reads those it needs. `None` leaves the choice to what else is known.
 
-    Without `model`, scoring takes the embedded model, pruning the one that was scored, and benching the one that was
-    pruned.
+    Without `model`, scoring takes the embedded model, pruning the one that was scored, and recovering and benching the
+    one that was pruned.
     """
 
     # the model
@@ -58,6 +58,15 @@ class Recipe:
     scope: str = "layer"
     unit: str = "head"
     allow_empty: bool = False
+    # recovery
+    objective: str = "distill"
+    hidden_weight: float = 0.0
+    learning_rate: float | None = None
+    epochs: int = 3
+    max_minutes: float = 10.0
+    eval_every: int = 50
+    train_samples: int = 0
+    lora: int | None = None
     # measuring
     random_seeds: int = 5
     repeats: int = 5
@@ -81,6 +90,10 @@ class Recipe:
             "shuffles": 0,
             "samples": 0,
             "eval_samples": 0,
+            "train_samples": 0,
+            "epochs": 1,
+            "eval_every": 1,
+            "lora": 1,
             "seed": 0,
             "batch_size": 1,
             "max_length": 2,
@@ -95,6 +108,15 @@ class Recipe:
                 raise RecipeError(f"{name} is {value}; expected {minimum} or more")
         if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
             raise RecipeError(f"memory_budget is {self.memory_budget:g}; expected GiB, more than 0")
+        for name in ("hidden_weight", "max_minutes"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RecipeError(f"{name} is {getattr(self, name):g}; expected a number, 0 or more")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise RecipeError(f"learning_rate is {self.learning_rate:g}; expected a number, more than 0")
+        if self.objective == "loss" and self.hidden_weight:
+            raise RecipeError(
+                f"hidden_weight is {self.hidden_weight:g}, but objective 'loss' knows no dense model; leave out one"
+            )
         if self.seed >= 1 << 32:
             raise RecipeError(f"seed is {self.seed}; expected less than 2³² = {1 << 32}")
         for name, choices in CHOICES.items():
@@ -118,6 +140,7 @@ CHOICES = {
     "symbol": ("key", "offset", "sequence"),
     "scope": ("layer", "global"),
     "unit": ("head", "query", "group"),
+    "objective": ("distill", "loss"),
 }
 
 

@@ -15,8 +15,9 @@ from compressor.criteria import criteria, random_scores
 from compressor.data import TextDataModule
 from compressor.errors import ArtefactError, DataError, RecipeError
 from compressor.export import RECORD
-from compressor.files import read_json
+from compressor.files import is_directory, read_json
 from compressor.loading import LoadedModel
+from compressor.runs import CHECKPOINT
 from compressor.types import PruningPlan, Scores
 
 
@@ -41,9 +42,19 @@ def record_of(folder: Path) -> dict[str, Any] | None:
     base, plan = record.get("base"), record.get("plan")
     known = isinstance(base, dict) and {"model", "identity"} <= base.keys()
     wanted = {"criterion", "ratio", "scope", "unit", "allow_empty", "heads_per_layer", "removed_heads", "total_heads"}
-    if not known or not isinstance(plan, dict) or not wanted <= plan.keys():
+    trained = record.get("recovery", {})
+    if not known or not isinstance(plan, dict) or not wanted <= plan.keys() or not isinstance(trained, dict):
         raise ArtefactError(f"{folder / RECORD} is damaged; prune and export the model again")
     return record
+
+
+def recovery_of(model: str) -> dict[str, Any] | None:
+    """How a model was recovered, where it is a checkpoint that was."""
+    for folder in (Path(model) / CHECKPOINT, Path(model)):
+        if is_directory(folder) and (record := record_of(folder)) is not None:
+            found: dict[str, Any] | None = record.get("recovery")
+            return found
+    return None
 
 
 def as_recorded(recipe: Recipe, record: dict[str, Any]) -> Recipe:
@@ -58,14 +69,20 @@ def as_recorded(recipe: Recipe, record: dict[str, Any]) -> Recipe:
 
 
 def check_unseen(name: str, record: dict[str, Any], data: TextDataModule) -> None:
-    """Refuse to report on documents that chose the heads."""
-    seen = set(record.get("scores", {}).get("data", {}).get("hashes", ()))
-    shared = sum(document in seen for document in data.evaluation.hashes)
-    if shared:
-        raise DataError(
-            f"{shared} of the {data.evaluation.documents} documents of {data.evaluation.name} calibrated {name}: "
-            "a report on them would flatter it; give other --eval-data"
-        )
+    """Refuse to report on documents that chose the heads, or that the model was trained on or chosen by."""
+    seen = {"calibrated": [record.get("scores", {}).get("data", {})], "recovered": []}
+    for recovery in (record.get("recovery"), record["base"].get("recovery")):
+        while recovery:
+            seen["recovered"] += [recovery.get("data", {}), recovery.get("held_out", {})]
+            recovery = recovery.get("earlier")
+    for verb, texts in seen.items():
+        hashes = {document for text in texts for document in text.get("hashes", ())}
+        shared = sum(document in hashes for document in data.evaluation.hashes)
+        if shared:
+            raise DataError(
+                f"{shared} of the {data.evaluation.documents} documents of {data.evaluation.name} {verb} {name}: "
+                "a report on them would flatter it; give other --eval-data"
+            )
 
 
 def rule_of(plan: dict[str, Any]) -> tuple[Any, ...]:
@@ -85,6 +102,7 @@ def named_checkpoints(folders: Sequence[Path]) -> dict[str, Path]:
         if record is not None:
             plan = record["plan"]
             name = f"{plan['criterion']} {plan['removed_heads']}/{plan['total_heads']}"
+            name += " recovered" if "recovery" in record else ""
         named[f"{name} ({folder})" if name in taken or name in named else name] = folder
     return named
 

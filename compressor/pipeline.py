@@ -1,7 +1,8 @@
-"""The verbs: score, prune, bench, run, paper. Each is one function; the command line only parses flags and prints."""
+"""The verbs: score, prune, recover, bench, run, paper. One function each; the command line only parses and prints."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from compressor.contenders import (
     check_unseen,
     named_checkpoints,
     record_of,
+    recovery_of,
     rival_plans,
     rule_of,
 )
@@ -32,13 +34,13 @@ from compressor.files import to_json
 from compressor.loading import EMBEDDED
 from compressor.measure.costs import measure_costs
 from compressor.preparation import data_for, load_for
+from compressor.recovery import recover_checkpoint
 from compressor.reproduction import published_figures, reproduce
-from compressor.runs import check_output, newest_run, result_directory
+from compressor.resumption import request_of, state_directory
+from compressor.runs import CHECKPOINT, check_output, newest_run, result_directory
 from compressor.scoring import score_model
 from compressor.stability import shares_removed
 from compressor.types import PruningPlan, Scores
-
-CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,15 @@ class PruneRun:
     document: dict[str, Any]
     directory: Path | None
     checkpoint: Path | None
+
+
+@dataclass(frozen=True)
+class RecoverRun:
+    """What `recover` came to. `document` is `recover.json`, and the checkpoint's record."""
+
+    document: dict[str, Any]
+    directory: Path
+    checkpoint: Path
 
 
 @dataclass(frozen=True)
@@ -188,6 +199,7 @@ def prune(
                 "revision": recipe.revision,
                 "identity": loaded.identity,
                 "task": loaded.task,
+                "recovery": recovery_of(recipe.model or ""),
             },
             "scores": {"data": evidence.facts["data"], "settings": evidence.facts["settings"]},
             "costs": {"dense": dense, "pruned": measure_costs(loaded.model, length, causal=causal)},
@@ -197,6 +209,33 @@ def prune(
             document = write_checkpoint(loaded, document, staged / CHECKPOINT)
         (staged / "plan.json").write_text(to_json(document), encoding="utf-8")
     return PruneRun(plan, document, target, target / CHECKPOINT if export else None)
+
+
+def recover(
+    *,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    config: str | Path | None = None,
+    output_dir: str | Path | None = None,
+    force: bool = False,
+    **settings: Any,
+) -> RecoverRun:
+    """Train a pruned checkpoint back towards its dense model, and export what has the lowest held-out perplexity.
+
+    Args:
+        checkpoint: what to recover; by default the newest one that `prune` exported.
+        resume: go on with an interrupted recovery, with the settings it was begun with.
+        config, output_dir, force, settings: as for `score`. `model` is the dense model, by default the one that the
+            checkpoint was pruned from; `data` is what to train on, by default what it was scored on.
+    """
+    request = request_of(checkpoint, resume, config, output_dir, force, settings)
+    with result_directory("recover", request.recipe, request.target, force) as (staged, target):
+        state = state_directory(request, target, force)
+        recovered, document = recover_checkpoint(request, state)
+        document = write_checkpoint(recovered, document, staged / CHECKPOINT)
+        (staged / "recover.json").write_text(to_json(document), encoding="utf-8")
+    shutil.rmtree(state, ignore_errors=True)
+    return RecoverRun(document, target, target / CHECKPOINT)
 
 
 def bench(
@@ -211,16 +250,16 @@ def bench(
     """Measure a dense model against pruned ones and against random pruning, on the same held-out text.
 
     Args:
-        against: checkpoints to compare with the dense `model`; by default the newest one that `prune` exported. Random
-            pruning removes as many heads as the first of them lost, by the same rule; checkpoints pruned by another
-            rule are measured, but not ranked with it.
+        against: checkpoints to compare with the dense `model`; by default the newest one that `prune` or `recover`
+            wrote. Random pruning removes as many heads as the first of them lost, by the same rule; checkpoints pruned
+            by another rule are measured, but not ranked with it.
         scores: a scoring run of the dense model: the other criteria are then measured too, at the same ratio.
         config, output_dir, force, settings: as for `score`.
     """
     recipe = resolve(config, settings)
     check_output(output_dir, force)
     if not against:
-        newest = newest_run("prune", recipe.model, holding=CHECKPOINT)
+        newest = newest_run(("prune", "recover"), recipe.model, holding=CHECKPOINT)
         if newest is None:
             raise ArtefactError(
                 "there is nothing to compare with; give --against, or run `compress prune --export` first"
@@ -254,6 +293,9 @@ def bench(
             reference = next(iter(own.values()))["plan"]
             plans = rival_plans(reference, recipe, dense, Path(scores) if scores else None)
             unranked -= {name for name, record in own.items() if rule_of(record["plan"]) == rule_of(reference)}
+        for name in sorted(set(own) - unranked):
+            if "recovery" in own[name]:
+                log.warning(f"{name} was trained after pruning; random pruning was not trained: the verdict is on both")
         document = {
             **comparison.compare(dense, contenders, plans, data, recipe, unranked if own else set()),
             "machine": machine(dense.model.device),

@@ -6,7 +6,7 @@ from compressor.attention import attention_layers
 from compressor.config import Recipe
 from compressor.console import log
 from compressor.context import vocabulary_size
-from compressor.data import TextDataModule
+from compressor.data import TextDataModule, Windows
 from compressor.errors import ModelError, RecipeError
 from compressor.loading import LoadedModel, load_model
 
@@ -39,8 +39,6 @@ def data_for(loaded: LoadedModel, recipe: Recipe) -> TextDataModule:
     Raises:
         CompressorError: the text cannot be used, or does not fit the model.
     """
-    if recipe.max_length is not None and recipe.max_length > loaded.context:
-        raise RecipeError(f"max_length is {recipe.max_length}; {loaded.name} takes {loaded.context} tokens at most")
     data = TextDataModule(
         loaded.tokenizer,
         task=loaded.task,
@@ -50,15 +48,35 @@ def data_for(loaded: LoadedModel, recipe: Recipe) -> TextDataModule:
         samples=recipe.samples,
         eval_samples=recipe.eval_samples,
         batch_size=recipe.batch_size,
-        max_length=recipe.max_length or min(loaded.context, WINDOW),
+        max_length=window_length(loaded, recipe.max_length),
         seed=recipe.seed,
         shuffled=recipe.until_stable,
     )
     data.setup()
-    highest = max(int(window.max()) for windows in (data.calibration, data.evaluation) for window in windows.input_ids)
+    check_tokens(loaded, data.calibration, data.evaluation)
+    return data
+
+
+def window_length(loaded: LoadedModel, wanted: int | None) -> int:
+    """Tokens of a sequence: as many as are wanted, else what the model takes, `WINDOW` at most.
+
+    Raises:
+        RecipeError: the model does not take so many.
+    """
+    if wanted is not None and wanted > loaded.context:
+        raise RecipeError(f"max_length is {wanted}; {loaded.name} takes {loaded.context} tokens at most")
+    return wanted or min(loaded.context, WINDOW)
+
+
+def check_tokens(loaded: LoadedModel, *texts: Windows) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        ModelError: there is one.
+    """
+    highest = max(int(window.max()) for windows in texts for window in windows.input_ids)
     if highest >= vocabulary_size(loaded.model):
         raise ModelError(
             f"the tokenizer of {loaded.name} gives token {highest}, but the model knows "
             f"{vocabulary_size(loaded.model)}; is it the model's own?"
         )
-    return data

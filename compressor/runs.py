@@ -14,6 +14,7 @@ from compressor.files import RUN_FILE, check_target, is_directory, next_director
 from compressor.loading import choose_device
 
 RUNS = Path("runs")
+CHECKPOINT = "checkpoint"  # of the run that made it, the subdirectory
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def result_directory(
     `output_dir` is `runs/<model>/<verb>` by default, or the first of `…-2`, `…-3` that is free.
     """
     assert recipe.model is not None
-    target = Path(output_dir) if output_dir is not None else next_directory(RUNS / _slug(recipe.model), verb)
+    target = Path(output_dir) if output_dir is not None else next_directory(runs_of(recipe.model), verb)
     started = datetime.now(UTC)
     clock = time.perf_counter()
     with staged_directory(target, force) as staged:
@@ -49,16 +50,25 @@ def check_output(output_dir: str | Path | None, force: bool) -> None:
         check_target(Path(output_dir), force)
 
 
-def newest_run(verb: str, model: str | None, holding: str = "") -> Path | None:
-    """The newest finished run of a verb under `runs/`, of `model` if one is named, with a subdirectory `holding`."""
+def newest_run(verb: str | tuple[str, ...], model: str | None, holding: str = "") -> Path | None:
+    """The newest finished run of a verb under `runs/`, of `model` if one is named, with a subdirectory `holding`.
+
+    Of several verbs, the newest run of any.
+    """
+    verbs = (verb,) if isinstance(verb, str) else verb
     found = []
     for file in RUNS.glob(f"**/{RUN_FILE}"):
         if any(part.startswith(".") for part in file.parts):
             continue  # unfinished work
         facts = read_run(file.parent)
-        if facts and facts["verb"] == verb and model in (None, facts["model"]) and (file.parent / holding).is_dir():
+        if facts and facts["verb"] in verbs and model in (None, facts["model"]) and (file.parent / holding).is_dir():
             found.append((facts["finished"], file.parent))
     return max(found)[1] if found else None
+
+
+def runs_of(model: str) -> Path:
+    """The directory under `runs/` that results on a model go to."""
+    return RUNS / _slug(model)
 
 
 def _slug(model: str) -> str:

@@ -8,20 +8,25 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
 import torch
+from torch.utils.data import DataLoader
 
-from compressor.callbacks import HeadScoring, Progress
+from compressor.callbacks import HeadScoring, Progress, Recovering
 from compressor.data import TextDataModule
 from compressor.errors import ModelError
 from compressor.module import LanguageModel
+from compressor.training import Recovery
 
 _ADVICE = (
     ".*does not have many workers.*",  # the windows are in memory already
     ".*predict returned None.*",  # the scoring callback takes what it needs during the pass
     ".*isinstance.treespec, LeafSpec.*",  # between Lightning and PyTorch
+    ".*in eval mode at the start of training.*",  # dropout stays off
 )
+CLIP = 1.0  # largest norm of a gradient
 
 
 def run_scoring(module: LanguageModel, data: TextDataModule, scoring: HeadScoring, device: torch.device) -> None:
@@ -45,7 +50,16 @@ def run_perplexity(module: LanguageModel, data: TextDataModule, device: torch.de
     return value
 
 
-def _trainer(device: torch.device, callbacks: list[L.Callback]) -> L.Trainer:
+def run_recovery(module: Recovery, batches: DataLoader[Any], recovering: Recovering, device: torch.device) -> None:
+    """Train over the batches as far as the budget of `recovering` goes; in bfloat16 where the device computes in it."""
+    mixed = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    settings = {"max_epochs": 1, "gradient_clip_val": CLIP, "precision": "bf16-mixed" if mixed else "32-true"}
+    with _quiet_lightning():
+        _trainer(device, [recovering], **settings).fit(module, train_dataloaders=batches)
+    module.to(device)  # the Trainer leaves its model on the CPU
+
+
+def _trainer(device: torch.device, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=[device.index or 0] if device.type == "cuda" else 1,
@@ -54,6 +68,7 @@ def _trainer(device: torch.device, callbacks: list[L.Callback]) -> L.Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **settings,
     )
 
 

@@ -136,6 +136,45 @@ def prune(
 
 
 @app.command()
+def recover(
+    checkpoint: o.Checkpoint = None,
+    resume: o.Resume = False,
+    model: o.Model = None,
+    revision: o.Revision = None,
+    task: o.Task = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    data: o.Data = None,
+    eval_data: o.EvalData = None,
+    part: o.Part = None,
+    train_samples: o.TrainSamples = None,
+    batch_size: o.BatchSize = None,
+    max_length: o.MaxLength = None,
+    seed: o.Seed = None,
+    objective: o.Objective = None,
+    hidden_weight: o.HiddenWeight = None,
+    learning_rate: o.LearningRate = None,
+    epochs: o.Epochs = None,
+    max_minutes: o.MaxMinutes = None,
+    eval_every: o.EvalEvery = None,
+    lora: o.Lora = None,
+    config: o.Config = None,
+    output_dir: o.OutputDir = None,
+    force: o.Force = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train a pruned model back towards the dense one; takes up the newest checkpoint."""
+    flags = _flags(locals())
+    _start(quiet)
+    from compressor import pipeline
+    from compressor.cli import show
+
+    show.recovered(pipeline.recover(**flags), json)
+
+
+@app.command()
 def bench(
     model: o.Model = None,
     against: o.Against = None,

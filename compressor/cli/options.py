@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 _MODEL, _TEXT, _PRUNING, _MEASURING, _OUTPUT = "Model", "Text", "Pruning", "Measuring", "Output"
+_TRAINING = "Training"
 
 Model = Annotated[
     str | None, typer.Option(help="Hub id, local directory, or 'embedded'.", rich_help_panel=_MODEL, show_default=False)
@@ -141,6 +142,42 @@ Unit = Annotated[
 AllowEmpty = Annotated[
     bool | None,
     typer.Option("--allow-empty", help="Let a layer lose its last head.", rich_help_panel=_PRUNING),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="A pruned checkpoint.  [default: the newest]", rich_help_panel="Input"),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted recovery.", rich_help_panel="Input")]
+Objective = Annotated[
+    str | None,
+    typer.Option(help="distill (towards the dense model) or loss.  [default: distill]", rich_help_panel=_TRAINING),
+]
+HiddenWeight = Annotated[
+    float | None,
+    typer.Option(help="Weight of the hidden states' mean squared difference.  [default: 0]", rich_help_panel=_TRAINING),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        help="Of AdamW, at its highest.  [default: 0.05 / width; ten times that for adapters]",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the text.  [default: 3]", rich_help_panel=_TRAINING)]
+MaxMinutes = Annotated[
+    float | None,
+    typer.Option(help="End after so many minutes, 0 for no limit.  [default: 10]", rich_help_panel=_TRAINING),
+]
+EvalEvery = Annotated[
+    int | None,
+    typer.Option(help="Steps between held-out evaluations.  [default: 50]", rich_help_panel=_TRAINING),
+]
+TrainSamples = Annotated[
+    int | None, typer.Option(help="Training documents, 0 for all.  [default: 0]", rich_help_panel=_TEXT)
+]
+Lora = Annotated[
+    int | None,
+    typer.Option(help="Train adapters of this rank, and merge them.  [default: none]", rich_help_panel=_TRAINING),
 ]
 RandomSeeds = Annotated[
     int | None, typer.Option(help="Draws of random pruning.  [default: 5]", rich_help_panel=_MEASURING)

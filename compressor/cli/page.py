@@ -12,11 +12,10 @@ from compressor.files import to_json
 
 
 def new_table(*columns: str) -> Table:
-    """A plain table; all columns but the first hold numbers."""
+    """A plain table; all columns but the first hold numbers, which stay on one line where room is short."""
     made = Table(*columns, box=SIMPLE, padding=(0, 1, 0, 0))
-    for column in made.columns:
-        column.no_wrap = True
     for column in made.columns[1:]:
+        column.no_wrap = True
         column.justify = "right"
     return made
 

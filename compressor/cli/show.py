@@ -10,7 +10,7 @@ from rich.text import Text
 
 from compressor.cli.page import new_table, print_json, say
 from compressor.cli.scores import print_scores
-from compressor.pipeline import BenchRun, PaperRun, PruneRun, ScoreRun, WholeRun
+from compressor.pipeline import BenchRun, PaperRun, PruneRun, RecoverRun, ScoreRun, WholeRun
 
 
 def scored(result: ScoreRun, as_json: bool) -> None:
@@ -33,6 +33,31 @@ def pruned(result: PruneRun, as_json: bool) -> None:
     _print_plan(console, result)
     if result.checkpoint is not None:
         say(console, f"next: compress bench --against {result.checkpoint}")
+
+
+def recovered(result: RecoverRun, as_json: bool) -> None:
+    """Print what training brought back."""
+    if as_json:
+        print_json({**result.document, "directory": str(result.directory), "checkpoint": str(result.checkpoint)})
+        return
+    console = Console()
+    recovery = result.document["recovery"]
+    data, held_out, perplexity = recovery["data"], recovery["held_out"], recovery["perplexity"]
+    say(
+        console,
+        f"{recovery['objective']}: {recovery['steps']:,} of {recovery['steps_planned']:,} steps in "
+        f"{recovery['minutes']:.1f} minutes over {data['documents']:,} documents of {data['name']}; "
+        f"ended by {recovery['ended']}, best after step {recovery['best_step']:,}",
+    )
+    table = new_table("model", "held-out perplexity", "against pruned")
+    table.add_row("pruned", f"{perplexity['before']:.3f}", "")
+    for name, key in (("recovered", "after"), ("dense", "dense")):
+        if key in perplexity:
+            table.add_row(name, f"{perplexity[key]:.3f}", f"{perplexity[key] / perplexity['before'] - 1:+.1%}")
+    table.caption = f"on {held_out['documents']:,} documents of the training text, which chose the weights"
+    console.print(table)
+    say(console, f"checkpoint, loaded again and found equal: {result.checkpoint}")
+    say(console, f"next: compress bench --against {result.checkpoint}")
 
 
 def benched(result: BenchRun, as_json: bool) -> None:

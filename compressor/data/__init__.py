@@ -2,6 +2,14 @@
 
 from compressor.data.documents import Corpus, Part, choose, fingerprint, hold_out, load_documents
 from compressor.data.module import TextDataModule
+from compressor.data.training import (
+    StepBatches,
+    TrainingText,
+    evaluation_hashes,
+    held_out_batches,
+    load_training_text,
+    training_batches,
+)
 from compressor.data.windows import Batch, Frame, Windows, make_windows
 
 __all__ = [
@@ -9,11 +17,17 @@ __all__ = [
     "Corpus",
     "Frame",
     "Part",
+    "StepBatches",
     "TextDataModule",
+    "TrainingText",
     "Windows",
     "choose",
+    "evaluation_hashes",
     "fingerprint",
+    "held_out_batches",
     "hold_out",
     "load_documents",
+    "load_training_text",
     "make_windows",
+    "training_batches",
 ]

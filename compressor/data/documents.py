@@ -13,6 +13,8 @@ Part = Literal["question", "answer", "both"]
 
 # Key of the division of data that has no test split. Not the run's seed: the same file is always divided the same way.
 HOLDOUT_KEY = "compressor held-out fifth"
+STOPPING_KEY = "compressor held-out tenth"  # of the documents of a training, to stop it by
+STOPPING_MOST = 200  # more would tell little more, and every evaluation reads them all
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,26 @@ def hold_out(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     Held out are the texts of the smallest SHA-256 under `HOLDOUT_KEY`: a random fifth that depends on nothing but the
     texts themselves, not on their order, the run's seed or a library's random stream.
     """
+    return _draw(texts, max(1, len(texts) // 5), HOLDOUT_KEY)
 
-    def draw(index: int) -> bytes:
-        return hashlib.sha256(f"{HOLDOUT_KEY}\n{texts[index]}".encode()).digest()
 
-    held = set(sorted(range(len(texts)), key=draw)[: max(1, len(texts) // 5)])
+def hold_out_to_stop(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Divide the texts of a training into (those to learn from, those to stop by), in the manner of `hold_out`.
+
+    Held out are a tenth, `STOPPING_MOST` at most. A text that occurs twice is on one side only.
+    """
+    rest, held = _draw(texts, max(1, min(len(texts) // 10, STOPPING_MOST)), STOPPING_KEY)
+    kept = set(held)
+    return tuple(text for text in rest if text not in kept), held
+
+
+def _draw(texts: Sequence[str], count: int, key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(The rest, `count` texts of the smallest SHA-256 under `key`)."""
+
+    def rank(index: int) -> bytes:
+        return hashlib.sha256(f"{key}\n{texts[index]}".encode()).digest()
+
+    held = set(sorted(range(len(texts)), key=rank)[:count])
     rest = tuple(text for index, text in enumerate(texts) if index not in held)
     return rest, tuple(texts[index] for index in sorted(held))
 

@@ -312,9 +312,12 @@ def test_more_new_tokens_than_the_context(refuse: Compress, models: dict[str, st
     refuse("bench", *flags, "--against", models["other"], says=("new_tokens", str(tokens), str(CONTEXT)))
 
 
-@pytest.mark.parametrize("verb", ["score", "prune", "bench", "run"])
+@pytest.mark.parametrize("verb", ["score", "prune", "recover", "bench", "run"])
 def test_an_unknown_flag_and_a_missing_value(compress: Compress, here: Path, verb: str) -> None:
-    for words in ((verb, "--modle", "x"), (verb, "--samples" if verb != "bench" else "--repeats", "many")):
+    for words in (
+        (verb, "--modle", "x"),
+        (verb, {"bench": "--repeats", "recover": "--epochs"}.get(verb, "--samples"), "many"),
+    ):
         assert_refused(compress(*words), "--help")
     assert not list(here.iterdir())
 
@@ -349,7 +352,7 @@ def test_an_unknown_command(compress: Compress, here: Path) -> None:
         ("1: 2", ("1",)),
     ],
 )
-@pytest.mark.parametrize("verb", ["score", "prune", "bench", "run"])
+@pytest.mark.parametrize("verb", ["score", "prune", "recover", "bench", "run"])
 def test_a_recipe_that_cannot_be_used(
     refuse: Compress, tmp_path: Path, verb: str, recipe: str, says: tuple[str, ...]
 ) -> None:
@@ -834,7 +837,7 @@ def test_the_version(compress: Compress) -> None:
 def test_help_names_every_command_and_flags_mean_the_same_everywhere(compress: Compress) -> None:
     shown = compress("--help")
     assert shown.code == 0
-    for verb in ("score", "prune", "bench", "run", "paper", "models"):
+    for verb in ("score", "prune", "recover", "bench", "run", "paper", "models"):
         assert verb in shown.out
         assert compress(verb, "--help").code == 0
     meanings: dict[str, set[str]] = {}
@@ -865,12 +868,13 @@ def parse(compress: Compress, monkeypatch: pytest.MonkeyPatch) -> Callable[[list
     """Let the command line read its arguments and hand them over; returns what it said, None if it was content."""
 
     def stop(**arguments: Any) -> None:
-        for name in ("config", "output_dir", "force", "scores", "export", "dry_run", "against", "name"):
+        words = ("config", "output_dir", "force", "scores", "export", "dry_run", "against", "name")
+        for name in (*words, "checkpoint", "resume"):
             arguments.pop(name, None)
         resolve(None, arguments)  # the settings themselves are sound too
         raise Parsed
 
-    for verb in ("score", "prune", "bench", "run", "paper"):
+    for verb in ("score", "prune", "recover", "bench", "run", "paper"):
         monkeypatch.setattr(pipeline, verb, stop)
 
     def call(words: list[str]) -> str | None:
@@ -903,6 +907,8 @@ def commands_of(markdown: str) -> list[list[str]]:
         "prune --ratio 0.2 --export",
         "prune --scores DIR --ratio 0.05 --dry-run",
         "bench --model A --against B --against C --json",
+        "recover --checkpoint DIR --data A --eval-data B --lora 8 --max-minutes 5 --resume",
+        "recover --objective loss --learning-rate 1e-4 --epochs 2 --eval-every 20 --train-samples 100",
         "run",
         "run -c recipe.yaml -o out --force --quiet --trust-remote-code",
     ],

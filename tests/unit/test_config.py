@@ -108,6 +108,10 @@ def test_ratios_that_are_fine(ratio: float) -> None:
     [
         ("samples", 0),
         ("eval_samples", 0),
+        ("train_samples", 0),
+        ("epochs", 1),
+        ("eval_every", 1),
+        ("lora", 1),
         ("seed", 0),
         ("batch_size", 1),
         ("max_length", 2),

@@ -131,7 +131,8 @@ def test_the_installed_package_has_the_same_modules() -> None:
 
 
 def test_imports_are_declared() -> None:
-    declared = {re.split(r"[<>=!\[; ]", line)[0] for line in PROJECT["project"]["dependencies"]}
+    listed = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["recover"]]
+    declared = {re.split(r"[<>=!\[; ]", line)[0] for line in listed}
     distributions = {"yaml": "pyyaml"}
     for name in MODULES:
         for used in imports(name):
@@ -212,6 +213,7 @@ def test_nothing_imports_the_command_line_but_main() -> None:
             "loading",
             ("pipeline", "cli", "criteria", "budget", "callbacks", "game", "data", "export", "module", "config"),
         ),
+        ("training", ("pipeline", "cli", "criteria", "budget", "callbacks", "game", "data", "export", "config")),
         ("types", ("",)),
         ("errors", ("",)),
     ],
@@ -224,7 +226,17 @@ def test_stations_look_one_way_only(station: str, forbidden: tuple[str, ...]) ->
 def test_algorithms_take_no_recipe() -> None:
     """Config objects stay with the verbs."""
     users = {name for name in MODULES if touches(name, "compressor.config")}
-    verbs = ("pipeline", "preparation", "scoring", "comparison", "contenders", "reproduction", "runs")
+    verbs = (
+        "pipeline",
+        "preparation",
+        "scoring",
+        "comparison",
+        "contenders",
+        "recovery",
+        "reproduction",
+        "resumption",
+        "runs",
+    )
     assert users <= {f"compressor.{name}" for name in verbs} | {"compressor"}
 
 
@@ -306,7 +318,7 @@ def test_everything_public_has_a_docstring() -> None:
 
 
 def test_the_verbs_of_the_command_line_are_python_functions() -> None:
-    for verb in ("score", "prune", "bench", "run"):
+    for verb in ("score", "prune", "recover", "bench", "run"):
         function = getattr(compressor, verb)
         assert inspect.isfunction(function)
         kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
