@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from compressor.attention import prune_heads
 from compressor.config import Recipe
 from compressor.console import log, track
 from compressor.data import TextDataModule
@@ -18,7 +17,8 @@ from compressor.errors import ModelError, RecipeError
 from compressor.loading import LoadedModel
 from compressor.measure import Samples, Throughput, measure_throughput, speedup, throughput_steps
 from compressor.measure.costs import measure_costs
-from compressor.module import LanguageModel
+from compressor.module import Batch, LanguageModel
+from compressor.removal import remove
 from compressor.trainer import run_perplexity
 from compressor.types import PruningPlan
 
@@ -32,6 +32,7 @@ def compare(
     data: TextDataModule,
     recipe: Recipe,
     unranked: Collection[str] = (),
+    calibration: Sequence[Batch] | None = None,
 ) -> dict[str, Any]:
     """Measure a dense model, pruned checkpoints of it, and what other plans would make of it.
 
@@ -43,6 +44,7 @@ def compare(
         data: set up; its evaluation windows are what everything is measured on.
         recipe: batch size, repeats and lengths.
         unranked: contenders that lost more or less than the plans remove; the verdict leaves them out.
+        calibration: text to repair on what the plans make, where the contenders were repaired.
 
     Returns:
         JSON-ready: `rows`, one per model, the dense one first; `random`, mean, sd, minimum and maximum of the random
@@ -60,7 +62,7 @@ def compare(
         "seed": recipe.seed,
     }
     models = {name: contender.model for name, contender in contenders.items()}
-    rows = measure_quality(dense, plans, data, models)
+    rows = measure_quality(dense, plans, data, models, calibration)
     timings = measure_speed({"dense": dense.model, **models}, causal=dense.task == "causal", **settings)
     for row in rows:
         row["throughput"] = timings.get(row["name"])
@@ -83,16 +85,19 @@ def measure_quality(
     plans: Mapping[str, PruningPlan],
     data: TextDataModule,
     pruned: Mapping[str, PreTrainedModel] | None = None,
+    calibration: Sequence[Batch] | None = None,
 ) -> list[dict[str, Any]]:
     """Perplexity and costs of a dense model, of pruned ones, and of what plans would make of it; one row each.
 
-    A row has `name`, `kind` ("dense", "pruned", "rival" or "random"), `perplexity`, its relative `perplexity_change`
-    against the dense model, and the `costs` of `measure_costs`.
+    With `calibration`, batches with labels, what the plans make is repaired on it. A row has `name`, `kind` ("dense",
+    "pruned", "rival" or "random"), `perplexity`, its relative `perplexity_change` against the dense model, and the
+    `costs` of `measure_costs`.
     """
     rows = [_row("dense", "dense", dense.model, dense, data)]
     rows += [_row(name, "pruned", model, dense, data) for name, model in (pruned or {}).items()]
     for name, plan in plans.items():
-        model = prune_heads(copy.deepcopy(dense.model), plan.heads, allow_empty=plan.allow_empty)
+        model = copy.deepcopy(dense.model)
+        remove(model, dense.task, plan, calibration)
         rows.append(_row(name, "random" if plan.criterion == "random" else "rival", model, dense, data))
     for row in rows:
         row["perplexity_change"] = row["perplexity"] / rows[0]["perplexity"] - 1

@@ -58,6 +58,7 @@ class Recipe:
     scope: str = "layer"
     unit: str = "head"
     allow_empty: bool = False
+    repair: bool = True
     # recovery
     objective: str = "distill"
     hidden_weight: float = 0.0

@@ -85,9 +85,11 @@ def check_unseen(name: str, record: dict[str, Any], data: TextDataModule) -> Non
             )
 
 
-def rule_of(plan: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides how many heads go: plans of one rule can be ranked against each other."""
-    return plan["ratio"], plan["scope"], plan["unit"], plan["allow_empty"], tuple(plan["heads_per_layer"])
+def rule_of(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides how many heads go, and whether the rest was repaired: such models can be ranked with each other."""
+    plan = record["plan"]
+    names = ("ratio", "scope", "unit", "allow_empty")
+    return *(plan[name] for name in names), tuple(plan["heads_per_layer"]), record.get("repair") is not None
 
 
 def named_checkpoints(folders: Sequence[Path]) -> dict[str, Path]:

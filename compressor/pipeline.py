@@ -11,7 +11,6 @@ from typing import Any
 
 from compressor import comparison
 from compressor.artefact import load_scores, save_scores
-from compressor.attention import prune_heads
 from compressor.budget import allocate
 from compressor.confidence import layer_report
 from compressor.config import Recipe, resolve
@@ -33,8 +32,9 @@ from compressor.export import write_checkpoint
 from compressor.files import to_json
 from compressor.loading import EMBEDDED
 from compressor.measure.costs import measure_costs
-from compressor.preparation import data_for, load_for
+from compressor.preparation import calibration_of, data_for, load_for
 from compressor.recovery import recover_checkpoint
+from compressor.removal import remove
 from compressor.reproduction import published_figures, reproduce
 from compressor.resumption import request_of, state_directory
 from compressor.runs import CHECKPOINT, check_output, newest_run, result_directory
@@ -192,7 +192,8 @@ def prune(
         length = min(256, loaded.context)
         causal = loaded.task == "causal"
         dense = measure_costs(loaded.model, length, causal=causal)
-        prune_heads(loaded.model, plan.heads, allow_empty=plan.allow_empty)
+        text = calibration_of(loaded, recipe, evidence.facts) if recipe.repair else None
+        repairs = remove(loaded.model, loaded.task, plan, text)
         document |= {
             "base": {
                 "model": recipe.model,
@@ -201,7 +202,8 @@ def prune(
                 "task": loaded.task,
                 "recovery": recovery_of(recipe.model or ""),
             },
-            "scores": {"data": evidence.facts["data"], "settings": evidence.facts["settings"]},
+            "scores": {name: evidence.facts[name] for name in ("data", "settings", "seed")},
+            "repair": repairs,
             "costs": {"dense": dense, "pruned": measure_costs(loaded.model, length, causal=causal)},
             "versions": versions(),
         }
@@ -288,16 +290,18 @@ def bench(
         for name, record in own.items():
             check_unseen(name, record, data)
         plans: dict[str, PruningPlan] = {}
-        unranked = set(contenders)
+        unranked, calibration = set(contenders), None
         if own:
-            reference = next(iter(own.values()))["plan"]
-            plans = rival_plans(reference, recipe, dense, Path(scores) if scores else None)
-            unranked -= {name for name, record in own.items() if rule_of(record["plan"]) == rule_of(reference)}
+            reference = next(iter(own.values()))
+            plans = rival_plans(reference["plan"], recipe, dense, Path(scores) if scores else None)
+            unranked -= {name for name, record in own.items() if rule_of(record) == rule_of(reference)}
+            if reference.get("repair") is not None:  # then its rivals are repaired too
+                calibration = calibration_of(dense, recipe, reference["scores"])
         for name in sorted(set(own) - unranked):
             if "recovery" in own[name]:
                 log.warning(f"{name} was trained after pruning; random pruning was not trained: the verdict is on both")
         document = {
-            **comparison.compare(dense, contenders, plans, data, recipe, unranked if own else set()),
+            **comparison.compare(dense, contenders, plans, data, recipe, unranked if own else set(), calibration),
             "machine": machine(dense.model.device),
             "versions": versions(),
         }

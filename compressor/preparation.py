@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from compressor.attention import attention_layers
 from compressor.config import Recipe
 from compressor.console import log
 from compressor.context import vocabulary_size
 from compressor.data import TextDataModule, Windows
-from compressor.errors import ModelError, RecipeError
+from compressor.errors import ArtefactError, ModelError, RecipeError
 from compressor.loading import LoadedModel, load_model
+from compressor.module import Batch
 
 WINDOW = 2048  # tokens of a sequence, unless more are asked for: attention over a long context is another benchmark
 
@@ -55,6 +60,29 @@ def data_for(loaded: LoadedModel, recipe: Recipe) -> TextDataModule:
     data.setup()
     check_tokens(loaded, data.calibration, data.evaluation)
     return data
+
+
+def calibration_of(loaded: LoadedModel, recipe: Recipe, scored: Mapping[str, Any]) -> list[Batch]:
+    """The very text that a model was scored on, as batches with labels.
+
+    Args:
+        loaded: the model.
+        recipe: how to load and to batch.
+        scored: `settings`, `seed` and `data` of the scoring run.
+
+    Raises:
+        ArtefactError: the text is not what it was.
+        CompressorError: it cannot be read.
+    """
+    names = ("data", "eval_data", "part", "samples", "max_length")
+    settings = {name: scored["settings"][name] for name in names}
+    data = data_for(loaded, replace(recipe, **settings, seed=scored["seed"], until_stable=False))
+    if data.calibration.fingerprint != scored["data"]["fingerprint"]:
+        raise ArtefactError(
+            f"{data.calibration.name} has changed since {loaded.name} was scored on it, so a repair would be for other "
+            "text; score again, or give --no-repair"
+        )
+    return list(data.loss_dataloader())
 
 
 def window_length(loaded: LoadedModel, wanted: int | None) -> int:

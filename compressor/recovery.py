@@ -13,7 +13,6 @@ from compressor.contenders import as_recorded
 from compressor.data import (
     StepBatches,
     TrainingText,
-    Windows,
     evaluation_hashes,
     held_out_batches,
     load_training_text,
@@ -86,8 +85,8 @@ def recover_checkpoint(request: Request, state: Path) -> tuple[LoadedModel, dict
             "lora": recipe.lora,
             "seed": recipe.seed,
         },
-        "data": _described(text.train),
-        "held_out": _described(text.held_out),
+        "data": text.train.facts(),
+        "held_out": text.held_out.facts(),
         "perplexity": perplexity,
         "steps": standing.step,
         "steps_planned": budget.steps,
@@ -196,13 +195,3 @@ def _check_unchanged(files: StateFiles) -> None:
 def _default_rate(loaded: LoadedModel, lora: int | None) -> float:
     width = int(loaded.model.config.get_text_config().hidden_size)
     return WIDTH_RATE / width * (1.0 if lora is None else LORA_RATE)
-
-
-def _described(windows: Windows) -> dict[str, Any]:
-    return {
-        "name": windows.name,
-        "fingerprint": windows.fingerprint,
-        "documents": windows.documents,
-        "tokens": windows.tokens,
-        "hashes": list(windows.hashes),
-    }

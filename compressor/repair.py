@@ -33,14 +33,14 @@ class Repair:
     """What came of one site, with errors on held-out calibration text as shares of the mean square of its outputs.
 
     `before` is the error when units just leave, `after` the one after the refit. `ridge` was chosen, None where no
-    refit helped; `condition` is the condition number of the system that was solved.
+    refit helped; `condition` is the condition number of the system that was solved for it.
     """
 
     site: str
     before: float
     after: float
     ridge: float | None
-    condition: float
+    condition: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -100,13 +100,14 @@ def _refit(module: LanguageModel, batches: Sequence[Batch], site: Site, gone: Se
     def error(change: torch.Tensor) -> float:
         difference = torch.cat([lost, -change])
         places = torch.cat([leaving, staying])
-        return float((difference * (held[places][:, places] @ difference)).sum()) / square
+        lacking = float((difference * (held[places][:, places] @ difference)).sum())
+        return lacking / square if square else 0.0
 
     before = error(torch.zeros(len(staying), lost.shape[1], dtype=lost.dtype, device=lost.device))
-    best: tuple[float, float | None, float, torch.Tensor | None] = (before, None, float("nan"), None)
+    best: tuple[float, float | None, float | None, torch.Tensor | None] = (before, None, None, None)
     system, target = fit[staying][:, staying], fit[staying][:, leaving] @ lost
     inputs = staying < constant
-    scale = system.diagonal()[inputs].mean()
+    scale = system.diagonal()[inputs].sum() / max(1, int(inputs.sum()))
     for ridge in RIDGES:
         drawn = system + torch.diag(ridge * scale * inputs)
         change = torch.linalg.solve(drawn, target)

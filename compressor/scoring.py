@@ -83,15 +83,7 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
             }
             for layer in layers
         ],
-        "data": {
-            "name": windows.name,
-            "fingerprint": windows.fingerprint,
-            "documents": windows.documents,
-            "split_documents": windows.split_documents,
-            "windows": len(windows.input_ids),
-            "tokens": windows.tokens,
-            "hashes": list(windows.hashes),
-        },
+        "data": windows.facts(),
         "settings": {
             "symbol": recipe.symbol,
             "triple_layers": list(analysis.layers),

@@ -139,6 +139,14 @@ Unit = Annotated[
         rich_help_panel=_PRUNING,
     ),
 ]
+Repair = Annotated[
+    bool | None,
+    typer.Option(
+        "--repair/--no-repair",
+        help="Refit the maps that lose inputs, on the text that was scored.  [default: repair]",
+        rich_help_panel=_PRUNING,
+    ),
+]
 AllowEmpty = Annotated[
     bool | None,
     typer.Option("--allow-empty", help="Let a layer lose its last head.", rich_help_panel=_PRUNING),

@@ -19,12 +19,15 @@ class Layer(Protocol):
     """What attention layers and MLPs have in common: units that feed a linear map, whose slice comes first."""
 
     @property
-    def slices(self) -> tuple[Slice, ...]: ...  # noqa: D102
+    def slices(self) -> tuple[Slice, ...]:
+        """What belongs to which unit; the inputs of the linear map first."""
 
     @property
-    def uses(self) -> int: ...  # noqa: D102
+    def uses(self) -> int:
+        """How often the layer is applied in one forward pass."""
 
-    def entries(self, units: Sequence[int], /) -> list[int]: ...  # noqa: D102
+    def entries(self, units: Sequence[int], /) -> list[int]:
+        """Inputs of the linear map that belong to some units alone."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,18 @@ class Windows:
     max_length: int
     tokens: int
     longest: int
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies the text, JSON-ready."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "documents": self.documents,
+            "split_documents": self.split_documents,
+            "windows": len(self.input_ids),
+            "tokens": self.tokens,
+            "hashes": list(self.hashes),
+        }
 
     def describe(self) -> str:
         """One line for the log: "319 documents of x.jsonl (3 longer than 256 tokens, split into 7 windows), …"."""

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 import compressor
 from compressor import pipeline
 from compressor.data import TextDataModule
-from compressor.errors import CompressorError
+from compressor.errors import ArtefactError, CompressorError
 from compressor.loading import load_model
 from tests.conftest import CONTEXT, WORDS, Outcome, save_tiny, snapshot, tiny_model, tiny_tokenizer, write_documents
 
@@ -404,7 +404,9 @@ def test_an_emptied_layer_on_request(here: Path, scored: pipeline.ScoreRun) -> N
     set_scores(scored.directory, "phi", [[1, 2, 3, 4], [11, 12, 13, 14]])
     with pytest.raises(CompressorError):
         compressor.prune(scores=scored.directory, scope="global", ratio=0.9)
-    run = compressor.prune(scores=scored.directory, scope="global", ratio=0.5, allow_empty=True, export=True)
+    run = compressor.prune(
+        scores=scored.directory, scope="global", ratio=0.5, allow_empty=True, repair=False, export=True
+    )
     assert dict(run.plan.heads) == {0: (0, 1, 2, 3)}
     assert run.checkpoint is not None
     again = compressor.load(run.checkpoint)
@@ -453,7 +455,7 @@ def test_the_random_criterion_has_its_own_seed(here: Path, scored: pipeline.Scor
 
 @pytest.fixture
 def checkpoint(here: Path, scored: pipeline.ScoreRun) -> Path:
-    run = compressor.prune(scores=scored.directory, ratio=0.3, export=True, output_dir="pruned")
+    run = compressor.prune(scores=scored.directory, ratio=0.3, repair=False, export=True, output_dir="pruned")
     assert run.checkpoint is not None
     return run.checkpoint
 
@@ -620,6 +622,40 @@ def save_model_with(folder: Path, change: Callable[[Any], object]) -> PreTrained
     return model
 
 
+def test_rivals_of_a_repaired_model_are_repaired_too(here: Path, scored: pipeline.ScoreRun):
+    """The same heads by another name are the same model; and repair lowers what it was fitted for."""
+    ranked = [[float(head) for head in range(4)]] * 2
+    for field in ("phi", "entropy"):
+        set_scores(scored.directory, field, ranked)
+    pruned = compressor.prune(scores=scored.directory, ratio=0.5, export=True)
+    assert pruned.checkpoint is not None
+    sites = pruned.document["repair"]
+    assert len(sites) == 2
+    assert all(site["after"] < site["before"] for site in sites)
+    document = compressor.bench(against=[pruned.checkpoint], scores=scored.directory, **QUICK).document
+    rows = {row["name"]: row["perplexity"] for row in document["rows"]}
+    assert rows["entropy"] == pytest.approx(rows["gt-fep 4/8"], rel=1e-4)
+    bare = compressor.prune(scores=scored.directory, ratio=0.5, repair=False, export=True)
+    assert bare.checkpoint is not None
+    assert bare.document["repair"] is None
+    document = compressor.bench(against=[bare.checkpoint, pruned.checkpoint], **QUICK).document
+    unlike = {row["name"]: row["perplexity"] for row in document["rows"]}
+    assert unlike["gt-fep 4/8"] != pytest.approx(rows["gt-fep 4/8"], rel=1e-3)
+    assert str(pruned.checkpoint) not in document["verdict"]  # which is about models that were not repaired
+
+
+def test_text_that_has_changed_repairs_nothing(here: Path, scored: pipeline.ScoreRun):
+    facts = scored.directory / "scores.json"
+    document = json.loads(facts.read_text(encoding="utf-8"))
+    document["data"]["fingerprint"] = "0" * 16
+    facts.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(ArtefactError, match=r"has changed since .* score again, or give --no-repair") as caught:
+        compressor.prune(scores=scored.directory)
+    assert "\n" not in str(caught.value)
+    assert not list(here.glob("runs/*/prune*"))
+    compressor.prune(scores=scored.directory, repair=False)
+
+
 @pytest.mark.parametrize(("removed", "winner"), [("idle", "gt-fep"), ("busy", "magnitude")])
 def test_the_verdict_names_the_winner(here: Path, tmp_path: Path, removed: str, winner: str) -> None:
     """The plan of the checkpoint removes the idle heads, or (made to) the busy one; magnitude knows the idle ones."""
@@ -630,7 +666,7 @@ def test_the_verdict_names_the_winner(here: Path, tmp_path: Path, removed: str, 
     set_scores(here / "scores", "phi", busy_last if removed == "idle" else [[-x for x in row] for row in busy_last])
     set_scores(here / "scores", "entropy", [[1.0, 2.0, 3.0, 0.0]] * 2)
     set_scores(here / "scores", "first_key_mass", [[0.1, 0.1, 0.1, 0.9]] * 2)
-    pruned = compressor.prune(scores="scores", ratio=0.2, export=True)
+    pruned = compressor.prune(scores="scores", ratio=0.2, repair=False, export=True)
     assert pruned.checkpoint is not None
     document = compressor.bench(against=[pruned.checkpoint], scores="scores", **data, random_seeds=6, **QUICK).document
     rows = {row["name"]: row["perplexity"] for row in document["rows"]}

@@ -33,7 +33,7 @@ def documents(folder: str, split: str) -> list[str]:
 def prune(model: str, texts: str, output: Path | str) -> Path:
     """Prune half of the heads of a tiny model; returns the checkpoint."""
     scored = compressor.score(model=model, data=texts, output_dir=f"{output}-scores", bootstrap=0, samples=8)
-    run = compressor.prune(scores=scored.directory, ratio=0.5, export=True, output_dir=output)
+    run = compressor.prune(scores=scored.directory, ratio=0.5, repair=False, export=True, output_dir=output)
     assert run.checkpoint is not None
     return run.checkpoint
 
@@ -81,7 +81,7 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Stop:
 def test_the_embedded_model_recovers_in_seconds(here: Path) -> None:
     """On the documents it stops by, and on those of the test split, which had no say in anything."""
     compressor.score(samples=8, bootstrap=0, output_dir="s")
-    compressor.prune(scores="s", criterion="magnitude", ratio=0.4, export=True, output_dir="runs/p")
+    compressor.prune(scores="s", criterion="magnitude", ratio=0.4, repair=False, export=True, output_dir="runs/p")
     run = compressor.recover(train_samples=120, epochs=1, eval_every=9)
     assert run.directory == Path("runs/embedded/recover")
     found = run.document["recovery"]["perplexity"]

@@ -149,7 +149,7 @@ def test_imports_are_declared() -> None:
 def test_the_import_reader_of_this_test_reads() -> None:
     assert "compressor.pipeline" in imports("compressor.cli.app")
     assert "compressor.pipeline" not in imports("compressor.cli.app", lazy=False)
-    assert "compressor.attention" in imports("compressor.pipeline")
+    assert "compressor.artefact" in imports("compressor.pipeline")
     assert "torch" in imports("compressor.game.values")
     assert len(MODULES) > 30
 

@@ -1,0 +1,31 @@
+"""A plan made flesh: what will feed no longer is made up for, and then it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from compressor.attention import attention_layers, prune_heads
+from compressor.damage import site_of
+from compressor.module import Batch, LanguageModel
+from compressor.repair import Repair, repair
+from compressor.types import PruningPlan, Task
+
+
+def remove(
+    model: PreTrainedModel, task: Task, plan: PruningPlan, calibration: Sequence[Batch] | None
+) -> list[dict[str, Any]] | None:
+    """Remove what a plan says from a model, in place, after a repair on calibration text, where there is any.
+
+    Returns:
+        What came of the repair, site by site, JSON-ready; None without calibration text.
+    """
+    done: list[Repair] | None = None
+    if calibration is not None:
+        layers = attention_layers(model)
+        sites = [(site_of(layers[index], layers[index].num_heads), heads) for index, heads in plan.heads.items()]
+        done = repair(LanguageModel(model, task), calibration, sites)
+    prune_heads(model, plan.heads, allow_empty=plan.allow_empty)
+    return None if done is None else [entry.to_dict() for entry in done]
