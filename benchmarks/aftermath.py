@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from parity import Given, Mismatch, Plan, deviation, logits, output_weight, real, within
+from parity import Given, Layer, Mismatch, Plan, deviation, logits, output_weight, real, within
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from compressor.attention import AttentionLayer, attention_layers, removed_heads
 from compressor.errors import ModelError
 from compressor.loading import load
+from compressor.mlp import removed_channels
 from compressor.types import Task
 
 ADDED = ("_name_or_path", "architectures", "dtype", "transformers_version")  # to a config, by saving it
@@ -41,6 +42,11 @@ def check_books(dense: PreTrainedModel, pruned: PreTrainedModel, layers: Sequenc
     if {layer: sorted(heads) for layer, heads in removed_heads(pruned).items()} != dict(plan):
         raise Mismatch(f"config.pruned_heads is {removed_heads(pruned)}, and the plan was {dict(plan)}")
     check_config(dense, pruned, layers, found)
+    check_sizes(pruned)
+
+
+def check_sizes(pruned: PreTrainedModel) -> None:
+    """Linear maps say the sizes that they have."""
     for name, module in pruned.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             linear = isinstance(module, nn.Linear)
@@ -77,7 +83,7 @@ def check_config(
                 raise Mismatch(f"config.{key} says {list(told.values())} of layers with {counts[1]}")
 
 
-def numbers_of(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[int]:
+def numbers_of(model: PreTrainedModel, layers: Sequence[Layer]) -> list[int]:
     """The numbers that a model gives to its layers, else those written in their names."""
     told = [getattr(model.get_submodule(layer.name), "layer_idx", None) for layer in layers]
     if None not in told and len(set(told)) == len(told):
@@ -94,10 +100,8 @@ def field(stored: Mapping[str, Any], names: Mapping[str, str], kind: str, layer:
     return names.get(name, name)
 
 
-def check_training(
-    pruned: PreTrainedModel, dense: PreTrainedModel, layers: Sequence[AttentionLayer], given: Given
-) -> bool:
-    """One step changes every attention layer and leaves finite logits; False if the class cannot be trained itself."""
+def check_training(pruned: PreTrainedModel, dense: PreTrainedModel, layers: Sequence[Layer], given: Given) -> bool:
+    """One step changes every layer and leaves finite logits; False if the class cannot be trained itself."""
     try:
         train_step(pruned, given)
     except Exception:  # whatever the class trips over
@@ -110,12 +114,20 @@ def check_training(
         train_step(twin := copy.deepcopy(dense), given)
         if any(has_gradient(twin, layer) for layer in idle):
             raise Mismatch(f"layer {idle[0].index} gets no gradient")
-    if not real(logits(pruned, given), given["attention_mask"]).isfinite().all():
-        raise Mismatch("a training step leaves logits that are not finite")
+    if not all_finite(pruned, given):
+        train_step(twin := copy.deepcopy(dense), given)
+        if all_finite(twin, given):
+            raise Mismatch("a training step leaves logits that are not finite")
+        return False
     return True
 
 
-def has_gradient(model: PreTrainedModel, layer: AttentionLayer) -> bool:
+def all_finite(model: PreTrainedModel, given: Given) -> bool:
+    """Whether a model's logits of real tokens are numbers."""
+    return bool(real(logits(model, given), given["attention_mask"]).isfinite().all())
+
+
+def has_gradient(model: PreTrainedModel, layer: Layer) -> bool:
     """Whether a step reached a layer's output projection."""
     gradient = output_weight(model, layer).grad
     return isinstance(gradient, torch.Tensor) and bool(gradient.isfinite().all() and gradient.any())
@@ -145,7 +157,8 @@ def check_reload(pruned: PreTrainedModel, dense: PreTrainedModel, task: Task, gi
     if type(again) is not type(pruned):
         raise Mismatch(f"a {type(again).__name__} comes back from disk")
     configs = [lasting(model.config.to_dict()) for model in (pruned, again)]
-    if configs[0] != configs[1] or removed_heads(again) != removed_heads(pruned):
+    records = [(removed_heads(model), removed_channels(model)) for model in (pruned, again)]
+    if configs[0] != configs[1] or records[0] != records[1]:
         raise Mismatch("the config is another after save and load")
     before, after = logits(pruned, given), logits(again, given)
     within(deviation(before, after, given["attention_mask"]), "save and load change logits")

@@ -6,7 +6,8 @@
 A class counts as supported if there is a unit of removal (any heads; as many from every group; whole groups) with which
 the pruned model gives the logits of the full model whose heads are silenced just before the output projection: on
 batches padded on the right and on the left, with and without a cache, and after save and load. Heads that stay must
-look where they looked, every number that counts heads must agree, and one training step must run.
+look where they looked, every number that counts heads must agree, and one training step must run. Of the channels of
+MLPs the same is asked.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from aftermath import check_books, check_reload, check_training
+from channels import examine_channels
 from parity import (
     TOLERANCE,
     Mismatch,
@@ -76,6 +78,14 @@ def examine(entry: Entry, seed: int) -> Row:
     """The row of a class that can be built."""
     model = build(entry, seed)
     row: Row = {"dtype": str(model.dtype).removeprefix("torch.")}
+    row |= examine_heads(entry, model, seed)
+    name = f"{seed} {entry.class_name} {entry.variant}"
+    return row | examine_channels(model, entry.task, name, SEEN, lambda error: fault(entry, error))
+
+
+def examine_heads(entry: Entry, model: Any, seed: int) -> Row:
+    """What can be said of the heads of one class."""
+    row: Row = {}
     try:
         layers = attention_layers(model)
     except CompressorError as reason:

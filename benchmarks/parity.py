@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from compressor.attention import AttentionLayer, AttentionProbe, attention_layers
 from compressor.attention.probe import token_symbols
+from compressor.mlp import MLPLayer
 
 TOLERANCE = 1e-5  # of the largest logit: many classes round to single precision somewhere inside
 STEPS = 4  # single tokens behind the prompt
@@ -21,6 +22,7 @@ CACHES = ("past_key_values", "past_buckets_states")
 
 Given = dict[str, torch.Tensor]
 Plan = Mapping[int, Sequence[int]]
+Layer = AttentionLayer | MLPLayer
 
 
 class Mismatch(Exception):  # noqa: N818 - a finding, not a fault
@@ -73,11 +75,11 @@ def deviation(expected: torch.Tensor, found: torch.Tensor, mask: torch.Tensor) -
 
 
 @contextmanager
-def silenced(model: PreTrainedModel, layers: Sequence[AttentionLayer], plan: Plan) -> Iterator[None]:
-    """Zero what some heads contribute, just before the output projection, or in it where it is a bare tensor."""
+def silenced(model: PreTrainedModel, layers: Sequence[Layer], plan: Plan) -> Iterator[None]:
+    """Zero what some heads or channels contribute, just before the map that takes them, or in it if a bare tensor."""
     with contextlib.ExitStack() as stack:
         for index, heads in plan.items():
-            projection, entries = model.get_submodule(layers[index].output_projection), layers[index].entries(heads)
+            projection, entries = model.get_submodule(projection_of(layers[index])), layers[index].entries(heads)
             if not hasattr(projection, "weight"):
                 weight, before = output_weight(model, layers[index]), output_weight(model, layers[index]).data
                 stack.callback(setattr, weight, "data", before)
@@ -94,13 +96,18 @@ def silenced(model: PreTrainedModel, layers: Sequence[AttentionLayer], plan: Pla
         yield
 
 
-def output_weight(model: PreTrainedModel, layer: AttentionLayer) -> nn.Parameter:
-    """The weight of a layer's output projection."""
-    return model.get_submodule(layer.output_projection).get_parameter(layer.slices[0].name)
+def projection_of(layer: Layer) -> str:
+    """Name of the linear map that takes what heads or channels give."""
+    return layer.output_projection if isinstance(layer, AttentionLayer) else layer.down_projection
 
 
-def effects(dense: PreTrainedModel, layers: Sequence[AttentionLayer], plan: Plan, given: Given) -> list[float]:
-    """How far the logits move when the heads of each layer in turn are silenced."""
+def output_weight(model: PreTrainedModel, layer: Layer) -> nn.Parameter:
+    """The weight of that map."""
+    return model.get_submodule(projection_of(layer)).get_parameter(layer.slices[0].name)
+
+
+def effects(dense: PreTrainedModel, layers: Sequence[Layer], plan: Plan, given: Given) -> list[float]:
+    """How far the logits move when the heads or channels of each layer in turn are silenced."""
     full, moved = logits(dense, given), []
     for index, heads in plan.items():
         with silenced(dense, layers, {index: heads}):
@@ -109,7 +116,7 @@ def effects(dense: PreTrainedModel, layers: Sequence[AttentionLayer], plan: Plan
 
 
 def compare_logits(
-    dense: PreTrainedModel, pruned: PreTrainedModel, layers: Sequence[AttentionLayer], plan: Plan, given: Given
+    dense: PreTrainedModel, pruned: PreTrainedModel, layers: Sequence[Layer], plan: Plan, given: Given
 ) -> float:
     """The largest deviation of a pruned model from its silenced twin.
 
@@ -122,7 +129,7 @@ def compare_logits(
 
 
 def compare_cached(
-    dense: PreTrainedModel, pruned: PreTrainedModel, layers: Sequence[AttentionLayer], plan: Plan, given: Given
+    dense: PreTrainedModel, pruned: PreTrainedModel, layers: Sequence[Layer], plan: Plan, given: Given
 ) -> float | None:
     """The same with a cache, step by step; None if the class has none, or fails with it on its own.
 

@@ -1,9 +1,11 @@
-"""Make a transformer smaller by removing attention heads, and learn honestly what it cost.
+"""Make a transformer smaller by removing attention heads and MLP channels, and learn honestly what it cost.
 
 The public names, stable from now on:
 
 - `attention_layers(model)`: where a model's heads sit.
 - `prune_heads(model, {layer: [head, …]})`: remove heads from the weights, in place.
+- `mlp_layers(model)`: where the channels of a model's MLPs sit.
+- `prune_channels(model, {layer: [channel, …]})`: remove channels from the weights, in place.
 - `score(...)`, `prune(...)`, `recover(...)`, `bench(...)`, `run(...)`, `paper(...)`: the verbs of the command line.
 - `load(path)`: a model, dense or pruned.
 - `compressor.game`: entropies, dividends and φ on bare arrays.
@@ -18,16 +20,20 @@ if TYPE_CHECKING:
     from compressor.attention import AttentionLayer, attention_layers, prune_heads
     from compressor.errors import CompressorError
     from compressor.loading import load
+    from compressor.mlp import MLPLayer, mlp_layers, prune_channels
     from compressor.pipeline import bench, paper, prune, recover, run, score
 
 __all__ = [
     "AttentionLayer",
     "CompressorError",
+    "MLPLayer",
     "attention_layers",
     "bench",
     "load",
+    "mlp_layers",
     "paper",
     "prune",
+    "prune_channels",
     "prune_heads",
     "recover",
     "run",
@@ -41,6 +47,9 @@ _HOMES = {
     "prune_heads": "compressor.attention",
     "CompressorError": "compressor.errors",
     "load": "compressor.loading",
+    "MLPLayer": "compressor.mlp",
+    "mlp_layers": "compressor.mlp",
+    "prune_channels": "compressor.mlp",
     "bench": "compressor.pipeline",
     "paper": "compressor.pipeline",
     "prune": "compressor.pipeline",

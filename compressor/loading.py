@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from compressor import assets
-from compressor.attention.record import dense_config, rebuild, tell_stored
+from compressor.attention.record import dense_config, is_pruned, rebuild, tell_stored
 from compressor.context import max_positions
 from compressor.errors import ModelError, RecipeError
 from compressor.files import hash_files, is_directory, is_file
@@ -224,7 +224,7 @@ def _config(
     """The config of the model; for a pruned one that of the dense model, and the config as it is stored."""
     try:
         stored, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-        if not stored.get("pruned_heads"):
+        if not is_pruned(stored):
             return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code), None
         return CONFIG_MAPPING[stored["model_type"]].from_dict(dense_config(stored)), stored
     except ModelError as error:

@@ -1,4 +1,4 @@
-"""The support matrix: what became of every language model class of transformers when its heads were removed.
+"""The support matrix: what became of every language model class of transformers without some heads or channels.
 
 `benchmarks/models.py` makes it, from tiny random instances; this module only reads it, without torch.
 """
@@ -55,6 +55,7 @@ def lines(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
             "scoring": row.get("scoring", "").removeprefix("attention "),
             "parity": f"{row['parity']:.0e}".replace("0e+00", "0") if "parity" in row else "",
             "units": " ".join(row.get("units", ())),
+            "channels": row.get("mlps", ""),
             "why not": why_not(row),
         }
         same = merged.setdefault(tuple(value for name, value in line.items() if name not in ("task", "parity")), line)
@@ -66,22 +67,25 @@ def lines(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 def why_not(row: dict[str, Any]) -> str:
     """What a class lacks, and the reasons."""
-    if row["status"] != "supported":
-        return str(row["reason"])
     reasons: dict[str, list[str]] = {}
-    for unit, reason in row["unreached"].items():
+    for unit, reason in row.get("unreached", {}).items() if row["status"] == "supported" else ():
         reasons.setdefault(reason, []).append(unit)
-    found = [f"not by {' or '.join(units)}: {reason}" for reason, units in reasons.items()]
+    found = [str(row["reason"])] if row["status"] != "supported" else []
+    found += [f"not by {' or '.join(units)}: {reason}" for reason, units in reasons.items()]
     if "why_not_scored" in row:
         found.append(f"not scored: {row['why_not_scored']}")
     if "why_not_reloaded" in row:
         found.append(f"not loaded again: {row['why_not_reloaded']}")
+    if row.get("channels", "pass") != "pass":
+        found.append(f"no channels: {row['channels']}")
     return "; ".join(found)
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """How many classes there are of each kind; further layouts of a class are not counted."""
-    counts = Counter(row["status"] for row in rows if not row["variant"])
+    """How many classes there are of each kind, by their heads; further layouts of a class are not counted."""
+    plain = [row for row in rows if not row["variant"]]
+    counts = Counter(row["status"] for row in plain)
+    without = sum(row.get("channels") == "pass" for row in plain)
     parts = [f"{counts[status]} {words}" for status, words in STATUSES.items() if counts[status]]
     noun = "class" if counts.total() == 1 else "classes"
-    return f"{counts.total()} {noun}: {', '.join(parts)}"
+    return f"{counts.total()} {noun}: {', '.join(parts)}; MLP channels can go in {without}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 Run = tuple[tuple[int, ...], int]  # (the heads that need them, how many entries in a row); no heads: never to be cut
 
@@ -38,6 +38,17 @@ class Slice:
                 kept += range(start, start + length)
             start += length
         return kept
+
+
+class Layer(Protocol):
+    """What heads and channels have in common: a linear map that takes what they give."""
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """What belongs to them, the inputs of that linear map first."""
+
+    def entries(self, numbers: Iterable[int], /) -> list[int]:
+        """Inputs of that linear map that belong to some heads or channels alone."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from compressor.attention.layout import attention_layers
 from compressor.attention.linear import channel_axis, is_linear
-from compressor.attention.nouns import AttentionLayer
+from compressor.attention.nouns import Layer
 
 
 @contextmanager
@@ -26,8 +26,8 @@ def silenced_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[int]]) -
         yield model
 
 
-def silence(module: nn.Module, layer: AttentionLayer, heads: Iterable[int]) -> Callable[[], None]:
-    """Have the module that holds a layer's output projection ignore some heads, until what is returned is called."""
+def silence(module: nn.Module, layer: Layer, heads: Iterable[int]) -> Callable[[], None]:
+    """Have the module that holds a projection ignore some heads or channels, until what is returned is called."""
     projection, entries = layer.slices[0], layer.entries(heads)
     if is_linear(module):
 

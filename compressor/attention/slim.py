@@ -52,12 +52,14 @@ class Editor:
         index = torch.tensor(kept, dtype=torch.long, device=before.device)
         _put(module, tensor, before.detach().index_select(dim, index))
         self.description[name].setdefault("shapes", {})[tensor] = list(getattr(module, tensor).shape)
-        if isinstance(module, (nn.Conv1d, nn.Conv2d)) and tensor == "weight":
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)) and tensor == "weight" and dim == 0:
             inputs, groups = module.in_channels, module.groups
             if self.habits.groups_are_heads and groups > 1:
                 inputs, groups = (size * len(kept) // before.shape[0] for size in (inputs, groups))
             for attribute, size in (("out_channels", len(kept)), ("in_channels", inputs), ("groups", groups)):
                 self.set(name, attribute, size)
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d)) and (tensor, dim) == ("weight", 1):
+            self.set(name, "in_channels", len(kept) * module.groups)
 
     def set(self, name: str, attribute: str, value: Any) -> None:
         """Set a plain attribute of a module."""

@@ -37,6 +37,12 @@ class Specimen:
         named = dict(zip(inspect.signature(frame.module.forward).parameters, frame.args, strict=False)) | frame.kwargs
         self.arguments = map_leaves(lambda value: _argument(value, dtype, generator), named)
 
+    def twin(self) -> Specimen:
+        """The same block once more, to be changed on its own."""
+        twin = copy.copy(self)
+        twin.block = copy.deepcopy(self.block)
+        return twin
+
     def submodule(self, name: str) -> nn.Module:
         """A module of the block, by its name within the block."""
         return self.block.get_submodule(name)
@@ -85,9 +91,9 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
     """Give parameters random values of ordinary size, so that nothing is hidden by a weight that happens to be zero."""
     with torch.no_grad():
         for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            flat = parameter.ndim < 2
-            parameter.copy_(1 + 0.3 * noise if flat else noise * (parameter.numel() / parameter.shape[0]) ** -0.5)
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)  # faster than in float64
+            width = max(parameter.shape[1:].numel(), 1)
+            parameter.copy_(1 + 0.3 * noise if parameter.ndim < 2 else noise * width**-0.5)
 
 
 def _first(output: Any) -> torch.Tensor:
@@ -108,7 +114,7 @@ def signature(site: Site, depth: int) -> tuple[object, ...]:
 
 def _settings(module: nn.Module) -> str:
     """A module's plain attributes, but for its number in the model."""
-    plain = (bool, int, str, list, tuple, dict, type(None))
+    plain = (bool, int, float, str, list, tuple, dict, type(None))
     return repr(
         sorted(
             (name, value)

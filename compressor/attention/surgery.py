@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from typing import TypeVar
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from compressor.attention.bookkeeping import counts_left, keep_count
 from compressor.attention.layout import dissecting
 from compressor.attention.nouns import AttentionLayer
-from compressor.attention.record import remember, removed_heads, surviving_heads
-from compressor.attention.silence import silence
+from compressor.attention.record import remember_heads, removed_heads, with_more
 from compressor.attention.slim import Description, Editor, Habits
-from compressor.attention.specimen import Specimen, in_some_precision
+from compressor.attention.specimen import in_some_precision
 from compressor.attention.trace import Site
-from compressor.errors import PlanError
+from compressor.attention.trial import check_plan, deviation, first_that_works
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative; many modules round to float32 on their way
 
 
 def prune_heads(model: Model, heads: Mapping[int, Iterable[int]], *, allow_empty: bool = False) -> Model:
@@ -49,58 +44,23 @@ def prune_heads(model: Model, heads: Mapping[int, Iterable[int]], *, allow_empty
     """
     with dissecting(model) as found:
         layers = [layer for _, layer in found]
-        plan = check_plan(layers, heads, allow_empty)
+        plan = check_plan([layer.num_heads for layer in layers], heads, allow_empty)
         habits: dict[int, Habits] = {}
         for index, removed in plan.items():
             habits[index] = _try(found[index][0], layers[index], removed)
     if not plan:
         return model
-    record = removed_heads(model)
     description: Description = {}
     for layer in layers:
         editor = Editor(model.get_submodule, model.set_submodule, habits.get(layer.index))
         removed = plan.get(layer.index, ())
-        if removed:
-            gone = record.get(layer.index, ())
-            originals = surviving_heads(layer.num_heads, gone)
-            record[layer.index] = tuple(sorted((*gone, *(originals[head] for head in removed))))
         if layer.num_heads:
             _remove(editor, layer, removed)  # layers that lose nothing are told their own numbers too
         description |= editor.description
+    record = with_more(removed_heads(model), {layer.index: layer.num_heads for layer in layers}, plan)
     left = [(layer, *counts_left(layer, plan.get(layer.index, ()))) for layer in layers]
-    remember(model, record, description, left)
+    remember_heads(model, record, description, left)
     return model
-
-
-def check_plan(
-    layers: Sequence[AttentionLayer], heads: Mapping[int, Iterable[int]], allow_empty: bool
-) -> dict[int, tuple[int, ...]]:
-    """The plan as sorted tuples, without layers that lose nothing.
-
-    Raises:
-        PlanError: the plan does not fit the layers.
-    """
-    plan: dict[int, tuple[int, ...]] = {}
-    for index, requested in heads.items():
-        removed = tuple(requested)
-        if not _is_number(index) or not 0 <= index < len(layers):
-            raise PlanError(f"the plan names layer {index!r}; the model has layers 0 to {len(layers) - 1}")
-        count = layers[index].num_heads
-        for head in removed:
-            if not _is_number(head) or not 0 <= head < count:
-                span = f"heads 0 to {count - 1}" if count else "no heads left"
-                raise PlanError(f"the plan names head {head!r} of layer {index}, which has {span}")
-        if len(set(removed)) < len(removed):
-            raise PlanError(f"the plan names a head of layer {index} twice: {sorted(removed)}")
-        if removed and len(removed) == count and not allow_empty:
-            raise PlanError(f"the plan removes all {count} heads of layer {index}; leave one, or allow empty layers")
-        if removed:
-            plan[int(index)] = tuple(sorted(int(head) for head in removed))
-    return plan
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _try(site: Site, layer: AttentionLayer, removed: Sequence[int]) -> Habits:
@@ -112,35 +72,19 @@ def _try(site: Site, layer: AttentionLayer, removed: Sequence[int]) -> Habits:
     Raises:
         PlanError: they do not.
     """
-    what = f"the plan removes heads {', '.join(map(str, removed))} of layer {layer.index} ({layer.name})"
-    failures: list[str] = []
-    for habits in [Habits(widths, groups) for widths in (True, False) for groups in (True, False)]:
-        try:
-            deviation, tolerance = in_some_precision(partial(_deviation, site, layer, removed, habits))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            failures.append(f"whose code cannot run without them ({' '.join(str(error).split())})")
-            continue
-        if deviation <= tolerance:
-            return habits
-        failures.append(f"which does not work as before without them (it deviates by {deviation:.1e})")
     advice = "; try --unit query or --unit group" if len(layer.groups) < layer.num_heads else ""
-    raise PlanError(f"{what}, {failures[0]}{advice}")
 
+    def attempt(habits: Habits) -> tuple[float, float]:
+        remove = partial(_remove, layer=layer, removed=removed)
+        trial = partial(deviation, site, layer.block, layer.output_projection, layer, removed, remove, habits)
+        return in_some_precision(trial)
 
-def _deviation(
-    site: Site, layer: AttentionLayer, removed: Sequence[int], habits: Habits, dtype: torch.dtype
-) -> tuple[float, float]:
-    """Largest relative difference between a block without heads and one in which they are silenced, and what may be."""
-    depth = next(place for place, frame in enumerate(site.stack) if frame.name == layer.block)
-    silenced, slim = Specimen(site, depth, dtype), Specimen(site, depth, dtype)
-    silence(silenced.find(layer.output_projection), layer, removed)
-    _remove(Editor(slim.find, slim.replace, habits), layer, removed)
-    with torch.no_grad():
-        expected, found = silenced.run(), slim.run()
-    if expected.shape != found.shape:
-        return math.inf, 0.0
-    size = expected.abs().max().clamp(min=torch.finfo(dtype).tiny)  # without a bias, an emptied layer gives zeros
-    return float((expected - found).abs().max() / size), TOLERANCE[dtype]
+    return first_that_works(
+        [Habits(widths, groups) for widths in (True, False) for groups in (True, False)],
+        attempt,
+        f"the plan removes heads {', '.join(map(str, removed))} of layer {layer.index} ({layer.name})",
+        advice,
+    )
 
 
 def _in_list(editor: Editor, layer: AttentionLayer, name: str) -> bool:

@@ -177,7 +177,7 @@ def _trace(model: PreTrainedModel) -> list[Site]:
         depth = max(place for place, frame in enumerate(stack) if frame.module is module)
         site = sites.get(module)
         if site is None:
-            frames = (Frame(f.name, f.module, _snapshot(f.args), _snapshot(f.kwargs)) for f in stack[depth::-1])
+            frames = (Frame(f.name, f.module, snapshot(f.args), snapshot(f.kwargs)) for f in stack[depth::-1])
             site = sites[module] = Site(tuple(frames), heads)
         kept.append(stack[depth])
         calls.setdefault(module, set()).add(id(stack[depth]))
@@ -200,7 +200,7 @@ def _trace(model: PreTrainedModel) -> list[Site]:
         seen(module, 0)
 
     empty = [module for module in model.modules() if isinstance(module, EmptyAttention)]
-    with _evaluating(model), running(model.named_modules(), stack):
+    with evaluating(model), running(model.named_modules(), stack):
         handles = [module.register_forward_pre_hook(emptied) for module in empty]
         try:
             with observing(model.modules(), asked), WatchAttention(lambda: attending(stack), named_heads, alone):
@@ -247,7 +247,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
-def _snapshot(value: Any) -> Any:
+def snapshot(value: Any) -> Any:
     """Tensors as they are now; caches left out, for a call that is repeated would find its own keys in them."""
 
     def keep(leaf: Any) -> Any:
@@ -271,7 +271,8 @@ def _special_tokens(config: PreTrainedConfig) -> set[int]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode and without gradients, then as it was."""
     training = [module for module in model.modules() if module.training]
     nn.Module.eval(model)
     try:

@@ -25,7 +25,7 @@ def listed(document: dict[str, Any], as_json: bool) -> None:
     rows = lines(document["rows"])
     *found, reason = rows[0]
     for columns, shown in (
-        (found, [row for row in rows if row["units"]]),
+        (found, [row for row in rows if row["units"] or row["channels"]]),
         ([*found[:2], reason], [row for row in rows if row[reason]]),
     ):
         if shown:
@@ -33,7 +33,8 @@ def listed(document: dict[str, Any], as_json: bool) -> None:
             console.print()
     say(console, summary(document["rows"]))
     version = document["versions"]["transformers"]
-    say(console, f"heads: layers × heads over groups, in a tiny random instance; transformers {version}")
+    say(console, "heads: layers × heads over groups; channels: MLPs × channels; both of a tiny random instance")
+    say(console, f"transformers {version}")
 
 
 def _table(columns: list[str], rows: list[dict[str, str]]) -> Table:

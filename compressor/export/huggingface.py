@@ -16,8 +16,8 @@ RECORD = "pruning.json"
 def write_checkpoint(loaded: LoadedModel, record: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """Write a checkpoint that `compressor.load` reopens, reopen it, and compare its logits with the model in memory.
 
-    `config.json` carries the removed heads under `pruned_heads`; stock classes of these shapes do not exist, and
-    loading the directory with them fails on the first weight rather than giving another model.
+    `config.json` carries the removed heads under `pruned_heads`, the removed channels of MLPs under `pruned_channels`.
+    Where no stock class has these shapes, loading the directory with one fails rather than giving another model.
 
     Returns:
         The record as written to `pruning.json`, with the verdict under `verified`.

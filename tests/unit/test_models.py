@@ -36,6 +36,7 @@ REPRESENTATIVES = {  # class: the units that have to be reached
     "MambaForCausalLM": [],
     "BitNetForCausalLM": [],  # a norm over all heads
 }
+UNPRUNED = ("GptOssForCausalLM", "MambaForCausalLM", "BitNetForCausalLM")  # experts, no MLPs, norms over channels
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,9 @@ def test_representatives_say_what_the_committed_matrix_says(
 ) -> None:
     row = sweep.check(entry_of(sweep, name))
     assert row.get("units", []) == REPRESENTATIVES[name], row
+    assert (row["channels"] == "pass") is (name not in UNPRUNED), row
     committed = next(row for row in document["rows"] if row["class"] == name and not row["variant"])
-    inexact = ("parity", "effect")  # last digits differ between processors
+    inexact = ("parity", "effect", "channels_parity")  # last digits differ between processors
     assert {key: row[key] for key in row if key not in inexact} == {
         key: committed[key] for key in committed if key not in inexact
     }
@@ -132,6 +134,43 @@ def test_the_check_notices_damage(sweep: ModuleType, monkeypatch: pytest.MonkeyP
     assert says in row["reason"]
 
 
+def other_channels(model: Any, plan: dict[int, list[int]], prune: Callable[..., Any]) -> Any:
+    """Removes as many channels, but in the last layer others."""
+    last = max(plan)
+    wrong = [channel for channel in range(40) if channel not in plan[last]][: len(plan[last])]
+    return prune(model, plan | {last: wrong})
+
+
+def wrong_size(model: Any, plan: dict[int, list[int]], prune: Callable[..., Any]) -> Any:
+    pruned = prune(model, plan)
+    pruned.transformer.h[0].mlp.c_fc.nf += 1
+    pruned.transformer.h[0].mlp.c_fc.forward = lambda states: states @ pruned.transformer.h[0].mlp.c_fc.weight
+    return pruned
+
+
+def width_that_lies(model: Any, plan: dict[int, list[int]], prune: Callable[..., Any]) -> Any:
+    pruned = prune(model, plan)
+    pruned.config.per_layer_config = None
+    pruned.config.n_inner = 40
+    return pruned
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [(other_channels, "logits differ"), (wrong_size, "fault: "), (width_that_lies, "config.n_inner says")],
+)
+def test_the_check_notices_damage_to_mlps(
+    sweep: ModuleType, monkeypatch: pytest.MonkeyPatch, damage: Fault, says: str
+) -> None:
+    channels = importlib.import_module("channels")
+    prune = channels.prune_channels
+    monkeypatch.setattr(channels, "prune_channels", lambda model, plan: damage(model, plan, prune))
+    row = sweep.check(entry_of(sweep, "GPT2LMHeadModel"))
+    assert row["status"] == "supported"
+    assert row["channels"].startswith("fault: ")
+    assert says in row["channels"]
+
+
 def test_an_exception_becomes_a_row(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("once")
@@ -178,6 +217,9 @@ def test_the_matrix_is_well_formed_and_free_of_faults(document: dict[str, Any]) 
         else:
             assert row["reason"]
             assert "\n" not in row["reason"]
+        if row["status"] != "not constructible":
+            assert "\n" not in row["channels"]
+            assert row.get("channels_parity", 0) <= document["settings"]["tolerance"]
 
 
 def test_the_matrix_holds_no_path(document: dict[str, Any]) -> None:
@@ -205,7 +247,7 @@ def test_equal_rows_are_merged() -> None:
 def test_the_command(compress: Callable[..., Outcome]) -> None:
     shown = compress("models")
     assert shown.code == 0
-    for word in ("llama", "deepseek_v3", "has no attention heads", "units", "classes: "):
+    for word in ("llama", "deepseek_v3", "has no attention heads", "units", "channels", "experts", "classes: "):
         assert word in shown.out
     one = compress("models", "mamba")
     assert "mamba" in one.out

@@ -164,13 +164,18 @@ def test_the_game_imports_no_model_code_and_does_no_io(name: str) -> None:
     assert not others & {"os", "pathlib", "io", "json", "shutil", "tempfile", "logging"}
 
 
-@pytest.mark.parametrize("name", list(below("compressor.attention")))
-def test_attention_knows_nothing_of_scores(name: str) -> None:
+@pytest.mark.parametrize("name", [*below("compressor.attention"), *below("compressor.mlp")])
+def test_attention_and_mlp_know_nothing_of_scores(name: str) -> None:
     stations = ("game", "criteria", "budget", "callbacks", "pipeline", "artefact", "data", "measure", "module")
     assert not touches(name, *(f"compressor.{station}" for station in (*stations, "trainer", "cli", "export")))
     text = MODULES[name].read_text(encoding="utf-8")
     assert "HeadScores" not in text
     assert "LayerScores" not in text
+
+
+@pytest.mark.parametrize("name", list(below("compressor.attention")))
+def test_attention_knows_nothing_of_mlps(name: str) -> None:
+    assert not touches(name, "compressor.mlp")
 
 
 @pytest.mark.parametrize("name", list(below("compressor.cli")))
@@ -280,7 +285,18 @@ def test_public_names_resolve() -> None:
     assert set(compressor.__all__) == set(compressor._HOMES)
     for name in compressor.__all__:
         assert getattr(compressor, name) is getattr(importlib.import_module(compressor._HOMES[name]), name)
-    promised = {"attention_layers", "prune_heads", "score", "prune", "bench", "run", "load", "CompressorError"}
+    promised = {
+        "attention_layers",
+        "prune_heads",
+        "mlp_layers",
+        "prune_channels",
+        "score",
+        "prune",
+        "bench",
+        "run",
+        "load",
+        "CompressorError",
+    }
     assert promised <= set(compressor.__all__)
     missing = "no_such_name"
     with pytest.raises(AttributeError, match=missing):
