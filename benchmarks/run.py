@@ -4,8 +4,8 @@
     python benchmarks/run.py speed NAME --model DIR --data CALIBRATION
     python benchmarks/run.py speed gpt2-shape
 
-`quality` prunes by every criterion and at random at 5, 10 and 20 % and measures perplexity and costs on the same
-held-out documents. `speed` times the dense model against φ's pruned ones, interleaved; without `--model` it does so on
+`quality` removes a fifth of the heads by every criterion and at random, of every layer or model-wide, and measures
+perplexity on the same held-out documents, as cut and repaired, and costs. `speed` times the dense model against φ's pruned ones, interleaved; without `--model` it does so on
 a model of GPT-2 small's shape with random weights, heads chosen by magnitude: a time does not depend on which heads go.
 `python benchmarks/tables.py` turns the JSON into the tables of the documentation.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,15 @@ from compressor.loading import LoadedModel, load_model
 from compressor.measure.costs import measure_costs
 from compressor.preparation import data_for
 from compressor.scoring import score_model
-from compressor.types import HeadScores, PruningPlan
+from compressor.types import HeadScores, PruningPlan, Scores
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.05, 0.1, 0.2)
+SCOPES = ("layer", "global")
 
 
 def quality(args: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity and costs at every ratio, by every criterion and at random."""
+    """Perplexity and costs by every criterion and at random, as cut and repaired, for both scopes."""
     recipe = Recipe(
         model=args.model,
         data=args.data,
@@ -51,34 +51,61 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         eval_samples=args.eval_samples,
         random_seeds=args.random_seeds,
         device=args.device,
+        values=[rival.needs for rival in criteria() if rival.needs],
     )
     dense = _dense(args)
     scores = score_model(dense, recipe)
     data = data_for(dense, recipe)
+    calibration = list(data.loss_dataloader())
     log.info(data.describe()[1])
-    plans: dict[str, PruningPlan] = {}
-    for ratio in RATIOS:
+    rows, summaries = [], {}
+    for scope in SCOPES:
+        plans: dict[str, PruningPlan] = {}
         for rival in criteria():
             if rival.name != "random":
-                plans[f"{rival.name} {ratio:g}"] = allocate(rival(scores), ratio)
+                plans[rival.name] = allocate(rival(scores), args.ratio, scope)
         for seed in range(args.random_seeds):
             draw = random_scores([len(layer.phi) for layer in scores.layers], seed)
-            plans[f"random {ratio:g} (seed {seed})"] = allocate(draw, ratio, seed=seed)
-    rows = comparison.measure_quality(dense, plans, data)
-    summaries = {f"{ratio:g}": comparison.summarise([rows[0], *_at(rows, plans, ratio)]) for ratio in RATIOS}
+            plans[f"random (seed {seed})"] = allocate(draw, args.ratio, scope, seed=seed)
+        for repaired in (False, True):
+            found = comparison.measure_quality(dense, plans, data, calibration=calibration if repaired else None)
+            summaries[f"{scope}{' repaired' if repaired else ''}"] = comparison.summarise(found)
+            rows += [
+                {**row, "repaired": repaired, "plan": plans[row["name"]].to_dict() if row["name"] in plans else None}
+                for row in found
+            ]
     return {
         "suite": "quality",
-        "rows": [{**row, "plan": plans[row["name"]].to_dict() if row["name"] in plans else None} for row in rows],
+        "rows": rows,
         "summaries": summaries,
+        "rank_correlation_with_loo": _ranks(scores),
+        "costs_per_example": {rival.name: rival.cost for rival in criteria()},
         "calibration": _text(data.calibration),
         "evaluation": _text(data.evaluation),
         "settings": {
             "symbol": recipe.symbol,
-            "scope": recipe.scope,
+            "ratio": args.ratio,
             "seed": recipe.seed,
             "dtype": str(dense.model.dtype),
         },
     }
+
+
+def _ranks(scores: Scores) -> dict[str, float]:
+    """Spearman's correlation of every criterion with the loss without each head alone, over all heads of the model."""
+    loo = _ranked([value for layer in criterion("loo")(scores).values for value in layer])
+    found = {}
+    for rival in criteria():
+        own = _ranked([value for layer in rival(scores).values for value in layer])
+        found[rival.name] = float(torch.corrcoef(torch.stack([own, loo]))[0, 1])
+    return found
+
+
+def _ranked(values: list[float]) -> torch.Tensor:
+    """Ranks, the mean of them where values tie."""
+    table = torch.tensor(values, dtype=torch.float64)
+    below, equal = (compare(table[:, None], table).sum(0).double() for compare in (torch.lt, torch.eq))
+    return below + (equal - 1) / 2
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
@@ -117,10 +144,6 @@ def _dense(args: argparse.Namespace) -> LoadedModel:
     return replace(loaded, name=Path(args.model).name)  # results say which model, not where somebody keeps it
 
 
-def _at(rows: list[dict[str, Any]], plans: Mapping[str, PruningPlan], ratio: float) -> list[dict[str, Any]]:
-    return [row for row in rows if row["name"] in plans and plans[row["name"]].ratio == ratio]
-
-
 def _text(windows: Any) -> dict[str, Any]:
     names = ("name", "fingerprint", "documents", "split_documents", "tokens")
     return {name: getattr(windows, name) for name in names}
@@ -136,6 +159,7 @@ def main() -> None:
     parser.add_argument("--eval-data")
     parser.add_argument("--samples", type=int, default=0, help="calibration documents, 0 for all")
     parser.add_argument("--eval-samples", type=int, default=0, help="evaluation documents, 0 for all")
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of heads that quality removes")
     parser.add_argument("--random-seeds", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=8)

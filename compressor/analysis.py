@@ -61,6 +61,9 @@ class Analysis:
             raise RecipeError(_unknown("estimator", self.estimator, ESTIMATORS))
         if self.order > MAX_HEADS:
             raise RecipeError(f"order is {self.order}; expected {MAX_HEADS} at most")
+        for value in self.values:
+            if value not in VALUES:
+                raise RecipeError(_unknown("value", value, VALUES))
         for layer in self.layers:
             if not 0 <= layer < len(heads):
                 raise RecipeError(f"triple_layers names layer {layer}; the model has layers 0 to {len(heads) - 1}")

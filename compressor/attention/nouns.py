@@ -47,6 +47,10 @@ class Layer(Protocol):
     def slices(self) -> tuple[Slice, ...]:
         """What belongs to them, the inputs of that linear map first."""
 
+    @property
+    def uses(self) -> int:
+        """How often the map is applied in one forward pass."""
+
     def entries(self, numbers: Iterable[int], /) -> list[int]:
         """Inputs of that linear map that belong to some heads or channels alone."""
 

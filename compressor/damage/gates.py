@@ -5,29 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from compressor.attention.linear import channel_axis, is_linear
-from compressor.attention.nouns import Slice
+from compressor.attention.nouns import Layer
 from compressor.errors import ModelError
-
-
-class Layer(Protocol):
-    """What attention layers and MLPs have in common: units that feed a linear map, whose slice comes first."""
-
-    @property
-    def slices(self) -> tuple[Slice, ...]:
-        """What belongs to which unit; the inputs of the linear map first."""
-
-    @property
-    def uses(self) -> int:
-        """How often the layer is applied in one forward pass."""
-
-    def entries(self, units: Sequence[int], /) -> list[int]:
-        """Inputs of the linear map that belong to some units alone."""
 
 
 @dataclass(frozen=True)
