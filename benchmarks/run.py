@@ -5,8 +5,9 @@
     python benchmarks/run.py speed gpt2-shape
 
 `quality` removes a fifth of the heads by every criterion and at random, of every layer or model-wide, and measures
-perplexity on the same held-out documents, as cut and repaired, and costs. `speed` times the dense model against φ's pruned ones, interleaved; without `--model` it does so on
-a model of GPT-2 small's shape with random weights, heads chosen by magnitude: a time does not depend on which heads go.
+perplexity on the same held-out documents, as cut and repaired, and costs. `speed` times the dense model against φ's
+pruned ones, interleaved; without `--model` it does so on a model of GPT-2 small's shape with random weights, heads
+chosen by magnitude: a time does not depend on which heads go.
 `python benchmarks/tables.py` turns the JSON into the tables of the documentation.
 """
 

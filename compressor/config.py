@@ -53,7 +53,7 @@ class Recipe:
     memory_budget: float | None = None
     until_stable: bool = False
     # pruning
-    criterion: str = "gt-fep"
+    criterion: str = "loss-game"
     ratio: float = 0.2
     scope: str = "layer"
     unit: str = "head"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -117,7 +117,7 @@ def score(
     Raises:
         CompressorError: anything a user can mend.
     """
-    recipe = _naming(resolve(config, settings), EMBEDDED)
+    recipe = _asking(_naming(resolve(config, settings), EMBEDDED))
     with result_directory("score", recipe, output_dir, force) as (staged, target):
         scores = score_model(load_for(recipe), recipe)
         save_scores(scores, staged)
@@ -153,7 +153,7 @@ def prune(
             raise ArtefactError("there is no score run, and a dry run makes none; run `compress score` first")
         if scores is None:
             log.info(f"there is no score run{f' of {recipe.model}' if recipe.model else ''} yet: scoring first")
-            scores = score(config=config, **_asking(recipe, settings)).directory
+            scores = score(config=config, **settings).directory
         else:
             log.info(f"taking up the newest score run, {scores}")
     evidence = load_scores(Path(scores))
@@ -323,7 +323,7 @@ def run(
     criterion(recipe.criterion)  # a misspelt name should not cost a scoring epoch
     with result_directory("run", recipe, output_dir, force) as (staged, target):
         common = {name: value for name, value in asdict(recipe).items() if value is not None}
-        scored = score(output_dir=staged / "scores", **_asking(recipe, common))
+        scored = score(output_dir=staged / "scores", **common)
         pruned = prune(scores=scored.directory, export=True, output_dir=staged / "pruned", **common)
         assert pruned.checkpoint is not None
         measured = bench(against=[pruned.checkpoint], scores=scored.directory, output_dir=staged / "bench", **common)
@@ -369,8 +369,8 @@ def _naming(recipe: Recipe, default: str) -> Recipe:
     return replace(recipe, model=recipe.model or default)
 
 
-def _asking(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that ask a scoring run for what the criterion needs."""
+def _asking(recipe: Recipe) -> Recipe:
+    """A recipe that asks for the values that its criterion needs."""
     needed = criterion(recipe.criterion).needs
-    values = [*(recipe.values or ()), *([needed] if needed else ())]
-    return {**settings, **({"values": sorted(set(values))} if values else {})}
+    values = {*(recipe.values or ()), *([needed] if needed else ())}
+    return replace(recipe, values=sorted(values) if values else recipe.values)

@@ -46,13 +46,14 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
     module = LanguageModel(loaded.model, loaded.task)
     run_scoring(module, data, scoring, loaded.model.device)
     scored = scoring.layers_scored
-    if asked := sorted(set(recipe.values or ()) & set(DAMAGES)):
+    asked = sorted(set(recipe.values or ()) & set(DAMAGES))
+    if asked and any(layer.num_heads for layer in layers):
         module.to(loaded.model.device)  # the Trainer leaves its model on the CPU
-        sites = [site_of(layer, layer.num_heads) for layer in layers]
-        found = damages(module, list(data.loss_dataloader()), sites, asked, recipe.seed)
+        sites = {layer.index: site_of(layer, layer.num_heads) for layer in layers if layer.num_heads}
+        found = damages(module, list(data.loss_dataloader()), list(sites.values()), asked, recipe.seed)
+        told = {index: {name: parts[place] for name, parts in found.items()} for place, index in enumerate(sites)}
         scored = tuple(
-            replace(layer, values={**layer.values, **{name: parts[index] for name, parts in found.items()}})
-            for index, layer in enumerate(scored)
+            replace(layer, values={**layer.values, **told.get(index, {})}) for index, layer in enumerate(scored)
         )
     if not all(torch.isfinite(torch.cat([layer.first_key_mass, layer.output_norm])).all() for layer in scored):
         raise ModelError(f"the attention of {loaded.name} is not finite; its weights are broken")

@@ -33,7 +33,7 @@ class StableMask:
 
     def __post_init__(self) -> None:
         if self.criterion not in WATCHED:
-            raise RecipeError(f"until_stable watches {', '.join(WATCHED)}; the criterion is {self.criterion}")
+            raise RecipeError(f"until_stable watches {', '.join(WATCHED)}; the criterion is {self.criterion}; name one")
 
     def __call__(self, documents: int, statistics: Callable[[], dict[int, PairStatistics]]) -> bool:
         """Whether the epoch may end."""

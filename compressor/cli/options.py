@@ -117,7 +117,7 @@ Criterion = Annotated[
     typer.Option(
         help="gt-fep (φ), entropy, second-order, third-order, eta, shapley, marginal, loss-game, taylor, fisher, loo, "
         "activation, fluctuation, bos-sink, magnitude or random.  "
-        "[default: gt-fep]",
+        "[default: loss-game]",
         rich_help_panel=_PRUNING,
     ),
 ]

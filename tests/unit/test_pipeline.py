@@ -321,7 +321,7 @@ def test_prune_by_a_directory_of_scores(compress: Compress, here: Path, models: 
     compressor.score(model=models["gpt2"], data=texts)
     compressor.score(model=models["gpt2"], data=texts, samples=4, output_dir="mine")
     set_scores(here / "mine", "phi", [[3, 2, 1, 0], [0, 1, 2, 3]])
-    outcome = compress("prune", "--scores", "mine", "--json")
+    outcome = compress("prune", "--scores", "mine", "--criterion", "gt-fep", "--json")
     assert outcome.json["plan"]["heads"] == {"0": [3], "1": [0]}
     assert "newest" not in outcome.err
 
@@ -348,7 +348,7 @@ def test_prune_loads_the_model_for_the_task_it_was_scored_for(here: Path, texts:
     assert load_model("both").task == "causal"
     scored = compressor.score(model="both", data=texts, task="masked", samples=4)
     assert scored.scores.facts["task"] == "masked"
-    assert compressor.prune(scores=scored.directory).document["base"]["task"] == "masked"
+    assert compressor.prune(criterion="gt-fep", scores=scored.directory).document["base"]["task"] == "masked"
 
 
 def test_a_dry_run_writes_nothing(compress: Compress, here: Path, models: dict[str, str], texts: str) -> None:
@@ -395,7 +395,7 @@ def test_each_criterion_removes_the_lowest_of_its_own_numbers(
 def test_heads_per_layer_are_rounded_up_and_one_stays(
     here: Path, scored: pipeline.ScoreRun, ratio: float, gone: int
 ) -> None:
-    run = compressor.prune(scores=scored.directory, ratio=ratio)
+    run = compressor.prune(criterion="gt-fep", scores=scored.directory, ratio=ratio)
     assert [len(heads) for heads in run.plan.heads.values()] == [gone, gone]
     assert run.document["costs"]["pruned"]["heads"] == [4 - gone, 4 - gone]
 
@@ -403,9 +403,15 @@ def test_heads_per_layer_are_rounded_up_and_one_stays(
 def test_an_emptied_layer_on_request(here: Path, scored: pipeline.ScoreRun) -> None:
     set_scores(scored.directory, "phi", [[1, 2, 3, 4], [11, 12, 13, 14]])
     with pytest.raises(CompressorError):
-        compressor.prune(scores=scored.directory, scope="global", ratio=0.9)
+        compressor.prune(criterion="gt-fep", scores=scored.directory, scope="global", ratio=0.9)
     run = compressor.prune(
-        scores=scored.directory, scope="global", ratio=0.5, allow_empty=True, repair=False, export=True
+        criterion="gt-fep",
+        scores=scored.directory,
+        scope="global",
+        ratio=0.5,
+        allow_empty=True,
+        repair=False,
+        export=True,
     )
     assert dict(run.plan.heads) == {0: (0, 1, 2, 3)}
     assert run.checkpoint is not None
@@ -425,7 +431,7 @@ def documents_folder(scored: pipeline.ScoreRun) -> str:
 
 def test_the_costs_are_those_of_the_models(here: Path, scored: pipeline.ScoreRun) -> None:
     """One head of four in either layer: 3·32·8 weights and 3·8 biases in, 8·32 weights out."""
-    costs = compressor.prune(scores=scored.directory, ratio=0.2).document["costs"]
+    costs = compressor.prune(criterion="gt-fep", scores=scored.directory, ratio=0.2).document["costs"]
     assert costs["dense"]["parameters"] == sum(parameter.numel() for parameter in tiny_model("gpt2").parameters())
     assert costs["dense"]["parameters"] - costs["pruned"]["parameters"] == 2 * (3 * 32 * 8 + 3 * 8 + 8 * 32)
     assert costs["dense"]["kv_cache_bytes_per_token"] == 2 * 2 * 32 * 4
@@ -455,7 +461,9 @@ def test_the_random_criterion_has_its_own_seed(here: Path, scored: pipeline.Scor
 
 @pytest.fixture
 def checkpoint(here: Path, scored: pipeline.ScoreRun) -> Path:
-    run = compressor.prune(scores=scored.directory, ratio=0.3, repair=False, export=True, output_dir="pruned")
+    run = compressor.prune(
+        criterion="gt-fep", scores=scored.directory, ratio=0.3, repair=False, export=True, output_dir="pruned"
+    )
     assert run.checkpoint is not None
     return run.checkpoint
 
@@ -627,7 +635,7 @@ def test_rivals_of_a_repaired_model_are_repaired_too(here: Path, scored: pipelin
     ranked = [[float(head) for head in range(4)]] * 2
     for field in ("phi", "entropy"):
         set_scores(scored.directory, field, ranked)
-    pruned = compressor.prune(scores=scored.directory, ratio=0.5, export=True)
+    pruned = compressor.prune(criterion="gt-fep", scores=scored.directory, ratio=0.5, export=True)
     assert pruned.checkpoint is not None
     sites = pruned.document["repair"]
     assert len(sites) == 2
@@ -635,7 +643,7 @@ def test_rivals_of_a_repaired_model_are_repaired_too(here: Path, scored: pipelin
     document = compressor.bench(against=[pruned.checkpoint], scores=scored.directory, **QUICK).document
     rows = {row["name"]: row["perplexity"] for row in document["rows"]}
     assert rows["entropy"] == pytest.approx(rows["gt-fep 4/8"], rel=1e-4)
-    bare = compressor.prune(scores=scored.directory, ratio=0.5, repair=False, export=True)
+    bare = compressor.prune(criterion="gt-fep", scores=scored.directory, ratio=0.5, repair=False, export=True)
     assert bare.checkpoint is not None
     assert bare.document["repair"] is None
     document = compressor.bench(against=[bare.checkpoint, pruned.checkpoint], **QUICK).document
@@ -650,10 +658,10 @@ def test_text_that_has_changed_repairs_nothing(here: Path, scored: pipeline.Scor
     document["data"]["fingerprint"] = "0" * 16
     facts.write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(ArtefactError, match=r"has changed since .* score again, or give --no-repair") as caught:
-        compressor.prune(scores=scored.directory)
+        compressor.prune(criterion="gt-fep", scores=scored.directory)
     assert "\n" not in str(caught.value)
     assert not list(here.glob("runs/*/prune*"))
-    compressor.prune(scores=scored.directory, repair=False)
+    compressor.prune(criterion="gt-fep", scores=scored.directory, repair=False)
 
 
 @pytest.mark.parametrize(("removed", "winner"), [("idle", "gt-fep"), ("busy", "magnitude")])
@@ -661,12 +669,12 @@ def test_the_verdict_names_the_winner(here: Path, tmp_path: Path, removed: str, 
     """The plan of the checkpoint removes the idle heads, or (made to) the busy one; magnitude knows the idle ones."""
     crafted(tmp_path)
     data = {"model": str(tmp_path / "model"), "data": str(tmp_path)}
-    compressor.score(**data, output_dir="scores")
+    compressor.score(**data, criterion="gt-fep", output_dir="scores")
     busy_last = [[0.1, 0.2, 0.3, 9.0]] * 2
     set_scores(here / "scores", "phi", busy_last if removed == "idle" else [[-x for x in row] for row in busy_last])
     set_scores(here / "scores", "entropy", [[1.0, 2.0, 3.0, 0.0]] * 2)
     set_scores(here / "scores", "first_key_mass", [[0.1, 0.1, 0.1, 0.9]] * 2)
-    pruned = compressor.prune(scores="scores", ratio=0.2, repair=False, export=True)
+    pruned = compressor.prune(criterion="gt-fep", scores="scores", ratio=0.2, repair=False, export=True)
     assert pruned.checkpoint is not None
     document = compressor.bench(against=[pruned.checkpoint], scores="scores", **data, random_seeds=6, **QUICK).document
     rows = {row["name"]: row["perplexity"] for row in document["rows"]}
@@ -693,10 +701,11 @@ def test_the_verdict_names_the_winner(here: Path, tmp_path: Path, removed: str, 
 def test_equal_plans_share_the_place(here: Path, scored: pipeline.ScoreRun, texts: str) -> None:
     """Two criteria that remove the same heads give the same model; neither of them is the winner."""
     values = [[1.0, 2.0, 3.0, 4.0]] * 2
-    for field in ("phi", "entropy", "output_norm"):
+    for field in ("phi", "entropy", "output_norm", "values.loss-game"):
         set_scores(scored.directory, field, values)
+    # second-order is 2 H − φ: the same again
     set_scores(scored.directory, "first_key_mass", [[0.9, 0.8, 0.7, 0.6]] * 2)
-    pruned = compressor.prune(scores=scored.directory, export=True)
+    pruned = compressor.prune(criterion="gt-fep", scores=scored.directory, export=True)
     assert pruned.checkpoint is not None
     document = compressor.bench(
         against=[pruned.checkpoint], scores=scored.directory, data=texts, random_seeds=2, **QUICK
@@ -712,7 +721,7 @@ def test_a_worse_criterion_than_random_is_told_so(here: Path, tmp_path: Path) ->
     data = {"model": str(tmp_path / "model"), "data": str(tmp_path)}
     compressor.score(**data, output_dir="scores")
     set_scores(here / "scores", "phi", [[9.0, 9.0, 9.0, 0.0]] * 2)
-    pruned = compressor.prune(scores="scores", export=True)
+    pruned = compressor.prune(criterion="gt-fep", scores="scores", export=True)
     assert pruned.checkpoint is not None
     verdict = compressor.bench(against=[pruned.checkpoint], **data, random_seeds=6, **QUICK).document["verdict"]
     assert verdict.startswith("lowest perplexity: random (")
@@ -723,9 +732,9 @@ def test_bench_takes_up_the_newest_checkpoint(
     compress: Compress, here: Path, models: dict[str, str], texts: str
 ) -> None:
     compressor.score(model=models["gpt2"], data=texts)
-    compressor.prune(ratio=0.3, export=True, output_dir="runs/gpt2/z-first")
-    compressor.prune(ratio=0.2, export=True, output_dir="runs/gpt2/a-second")
-    compressor.prune(ratio=0.6)  # newer, but without a checkpoint
+    compressor.prune(criterion="gt-fep", ratio=0.3, export=True, output_dir="runs/gpt2/z-first")
+    compressor.prune(criterion="gt-fep", ratio=0.2, export=True, output_dir="runs/gpt2/a-second")
+    compressor.prune(criterion="gt-fep", ratio=0.6)  # newer, but without a checkpoint
     flags = ("--data", texts, "--repeats", 1, "--prompt-length", 5, "--new-tokens", 2, "--random-seeds", 2)
     outcome = compress("bench", *flags, "--json")
     assert outcome.code == 0, outcome.err
@@ -737,7 +746,7 @@ def test_bench_takes_up_the_newest_checkpoint(
 def test_several_checkpoints(here: Path, scored: pipeline.ScoreRun, texts: str) -> None:
     folders = []
     for ratio in (0.2, 0.5):
-        run = compressor.prune(scores=scored.directory, ratio=ratio, export=True)
+        run = compressor.prune(criterion="gt-fep", scores=scored.directory, ratio=ratio, export=True)
         assert run.directory is not None
         folders.append(run.directory)  # the run's directory stands for the checkpoint in it
     document = compressor.bench(against=folders, data=texts, random_seeds=2, **QUICK).document
@@ -754,7 +763,7 @@ def test_two_checkpoints_that_lost_as_many_heads(
     set_scores(here / "by-offset", "phi", [[4, 3, 2, 1], [4, 3, 2, 1]])
     folders = []
     for scores in (scored.directory, "by-offset"):
-        run = compressor.prune(scores=scores, export=True)
+        run = compressor.prune(criterion="gt-fep", scores=scores, export=True)
         assert run.directory is not None
         folders.append(run.directory)
     document = compressor.bench(against=folders, data=texts, random_seeds=2, **QUICK).document
@@ -794,7 +803,7 @@ def test_checkpoints_of_other_budgets_are_measured_but_not_ranked(
     here: Path, scored: pipeline.ScoreRun, texts: str
 ) -> None:
     """Random pruning removes as much as the first checkpoint lost; one that lost more is no match for it."""
-    prune = partial(compressor.prune, scores=scored.directory, export=True)
+    prune = partial(compressor.prune, criterion="gt-fep", scores=scored.directory, export=True)
     runs = {ratio: prune(ratio=ratio).directory for ratio in (0.2, 0.5)}
     for first, other in ((0.2, 0.5), (0.5, 0.2)):
         folders = [runs[first], runs[other]]
@@ -813,7 +822,7 @@ def test_documents_that_chose_the_heads_are_no_evaluation(
     model = models["gpt2"]
     mine, other = (write_documents(tmp_path / f"{seed}.jsonl", 20, seed) for seed in (71, 72))
     compressor.score(model=model, data=str(mine), eval_data=str(other), samples=0)
-    pruned = compressor.prune(export=True)
+    pruned = compressor.prune(criterion="gt-fep", export=True)
     assert pruned.checkpoint is not None
     before = snapshot(here)
     refused = compress("bench", "--against", pruned.checkpoint, "--data", mine, "--quiet")
@@ -829,7 +838,7 @@ def test_pruning_by_saturated_scores_is_warned_of(
     compress: Compress, here: Path, models: dict[str, str], texts: str
 ) -> None:
     compressor.score(model=models["gpt2"], data=texts, symbol="sequence")
-    assert "saturated" in compress("prune", "--quiet", "--dry-run").err
+    assert "saturated" in compress("prune", "--quiet", "--dry-run", "--criterion", "gt-fep").err
     assert "saturated" not in compress("prune", "--quiet", "--dry-run", "--criterion", "magnitude").err
 
 

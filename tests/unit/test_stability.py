@@ -234,7 +234,7 @@ def test_a_run_stops_early_and_says_after_how_many_documents(here: Path, models,
 def test_without_stability_a_run_goes_to_the_end(here: Path, models, texts):
     """24 documents: no check has another at half of its documents before it."""
     settings = {"model": models["gpt2"], "data": texts, "batch_size": 1, "bootstrap": 0}
-    run = compressor.score(**settings, until_stable=True, output_dir="watched")
+    run = compressor.score(criterion="gt-fep", **settings, until_stable=True, output_dir="watched")
     stability = run.scores.facts["stability"]
     assert stability["stable"] is False
     assert [check["documents"] for check in stability["checks"]] == [16, 20]
@@ -242,14 +242,14 @@ def test_without_stability_a_run_goes_to_the_end(here: Path, models, texts):
 
 
 def test_few_documents_are_never_looked_at(here: Path, models, texts):
-    run = compressor.score(model=models["gpt2"], data=texts, samples=5, until_stable=True)
+    run = compressor.score(criterion="gt-fep", model=models["gpt2"], data=texts, samples=5, until_stable=True)
     assert run.scores.facts["stability"] == {"criterion": "gt-fep", "stable": False, "checks": []}
 
 
 @pytest.mark.parametrize("symbol", ["key", "sequence"])
 def test_split_documents_count_once(here: Path, models, texts, symbol):
     settings = {"model": models["gpt2"], "data": texts, "max_length": 7, "symbol": symbol, "bootstrap": 0}
-    run = compressor.score(**settings, until_stable=True, batch_size=1)
+    run = compressor.score(criterion="gt-fep", **settings, until_stable=True, batch_size=1)
     assert run.scores.facts["data"]["split_documents"] > 5
     counted = [check["documents"] for check in run.scores.facts["stability"]["checks"]]
     assert counted == [16, 20]
@@ -259,7 +259,14 @@ def test_split_documents_count_once(here: Path, models, texts, symbol):
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_other_symbols_and_scopes_can_be_watched(here: Path, models, many, symbol, scope):
     run = compressor.score(
-        model=models["llama"], data=many, symbol=symbol, scope=scope, unit="group", ratio=0.3, until_stable=True
+        criterion="gt-fep",
+        model=models["llama"],
+        data=many,
+        symbol=symbol,
+        scope=scope,
+        unit="group",
+        ratio=0.3,
+        until_stable=True,
     )
     checks = run.scores.facts["stability"]["checks"]
     assert checks[0]["documents"] == 16
@@ -268,7 +275,18 @@ def test_other_symbols_and_scopes_can_be_watched(here: Path, models, many, symbo
 
 
 def test_the_log_says_whether_the_heads_stayed_the_same(compress, models, texts, many):
-    words = ("score", "--model", models["gpt2"], "--until-stable", "--bootstrap", 0, "--batch-size", 1)
+    words = (
+        "score",
+        "--model",
+        models["gpt2"],
+        "--until-stable",
+        "--criterion",
+        "gt-fep",
+        "--bootstrap",
+        0,
+        "--batch-size",
+        1,
+    )
     outcome = compress(*words, "--data", many, "--json")
     last = outcome.json["facts"]["stability"]["checks"][-1]["documents"]
     assert outcome.code == 0
@@ -281,7 +299,7 @@ def test_the_log_says_whether_the_heads_stayed_the_same(compress, models, texts,
 def test_an_early_stop_leaves_the_model_as_it_was(here: Path, models, many):
     loaded = load_model(models["gpt2"])
     implementation = loaded.model.config._attn_implementation
-    recipe = Recipe(model=models["gpt2"], data=many, until_stable=True, bootstrap=0)
+    recipe = Recipe(model=models["gpt2"], data=many, until_stable=True, criterion="gt-fep", bootstrap=0)
     for _ in range(2):
         assert score_model(loaded, recipe).facts["stability"]["stable"]
         assert loaded.model.config._attn_implementation == implementation
@@ -491,7 +509,7 @@ def paper(model: str = "gpt2", **figures: float) -> dict:
 
 
 def judged(scores: Scores, document: dict, name: str = "gpt2", **settings):
-    return {claim.name: claim for claim in claims(name, scores, document, Recipe(**settings))}
+    return {claim.name: claim for claim in claims(name, scores, document, Recipe(criterion="gt-fep", **settings))}
 
 
 def dividends(pair: float, triple: float | None, observations: int = 100, entropy: float = 1.0) -> Scores:
