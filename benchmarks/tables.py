@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from compressor import assets
-from compressor.comparison import summarise
 from compressor.support import lines, summary
 
 ROOT = Path(__file__).parent.parent
@@ -30,40 +29,48 @@ def table(document: dict[str, Any]) -> str:
 
 
 def quality_table(document: dict[str, Any]) -> str:
-    """Perplexity by criterion and ratio; the lowest of each ratio in bold, random included."""
-    rows = document["rows"]
-    dense = rows[0]["perplexity"]
-    ratios = list(document["summaries"])
+    """Rise of perplexity by criterion, scope and repair; the lowest of each column in bold, random included."""
+    columns = {name: document["summaries"][name] for name in ("layer", "layer repaired", "global", "global repaired")}
+    dense = document["rows"][0]
     cells: dict[str, list[tuple[float, str]]] = {}
-    for row in rows[1:]:
-        if row["kind"] != "random":
-            text = f"{row['perplexity']:.3f} ({row['perplexity_change']:+.1%})"
-            cells.setdefault(row["plan"]["criterion"], []).append((row["perplexity"], text))
-    for ratio in ratios:
-        random = document["summaries"][ratio]["random"]
-        text = f"{random['mean']:.3f} ± {random['sd']:.3f} ({random['mean'] / dense - 1:+.1%})"
-        cells.setdefault(f"random, {random['draws']} draws", []).append((random["mean"], text))
-    best = [min(column)[0] for column in zip(*cells.values(), strict=True)]
-    first = [next(row for row in rows[1:] if f"{row['plan']['ratio']:g}" == ratio) for ratio in ratios]
-    heads = [f"{row['plan']['removed_heads']} of {row['plan']['total_heads']} heads" for row in first]
-    lines = [_line("criterion", *(f"{float(ratio):.0%}: {count}" for ratio, count in zip(ratios, heads, strict=True)))]
-    lines.append(_line(*["---"] * (len(ratios) + 1)))
-    for name, columns in cells.items():
-        marked = [f"**{text}**" if value == low else text for (value, text), low in zip(columns, best, strict=True)]
-        lines.append(_line(name, *marked))
-    phi = [next(row for row in rows[1:] if row["name"] == f"gt-fep {ratio}") for ratio in ratios]
-    for share, name in (("total", "FLOPs of the whole model"), ("attention", "FLOPs of attention")):
-        lines.append(_line(f"*{name}*", *(_saved(row, rows[0], share) for row in phi)))
-    last = [rows[0], *(row for row in rows[1:] if f"{row['plan']['ratio']:g}" == ratios[-1])]
-    verdict = summarise(last)["verdict"]
-    data, calibration = document["evaluation"], document["calibration"]
+    for column in columns:
+        for row in _column(document, column):
+            if row["kind"] == "rival":
+                change = row["perplexity_change"]
+                cells.setdefault(row["name"], []).append((change, f"{change:+.1%}"))
+        random = columns[column]["random"]
+        mean, sd = random["mean"] / dense["perplexity"] - 1, random["sd"] / dense["perplexity"]
+        cells.setdefault("random", []).append((mean, f"{mean:+.1%} ± {sd:.1%}"))
+    best = [min(entry[0] for entry in column) for column in zip(*cells.values(), strict=True)]
+    lines = [_line("criterion", "costs per example", *columns, "ranks like `loo`")]
+    lines.append(_line(*["---"] * (len(columns) + 3)))
+    for name, found in sorted(cells.items(), key=lambda entry: entry[1][-1][0]):
+        marked = [f"**{text}**" if value == low else text for (value, text), low in zip(found, best, strict=True)]
+        rank = f"{document['rank_correlation_with_loo'][name]:+.2f}" if name not in ("random", "loo") else ""
+        lines.append(_line(f"`{name}`", document["costs_per_example"][name], *marked, rank))
+    gone = next(row for row in document["rows"] if row["plan"] is not None)
+    data, calibration, plan = document["evaluation"], document["calibration"], gone["plan"]
+    shares = ", ".join(f"{name} {_saved(gone, dense, name)}" for name in ("attention", "total"))
+    draws = columns[next(iter(columns))]["random"]["draws"]
+    count = f"{plan['removed_heads']} of {plan['total_heads']} heads"
     caption = (
-        f"{document['model']}: perplexity on {data['documents']:,} documents of {data['name']} ({data['tokens']:,} "
-        f"tokens), dense {dense:.3f}; calibrated on {calibration['documents']:,} documents of {calibration['name']}. "
-        f"FLOPs are those of gt-fep's models, one sequence of {rows[0]['costs']['length']} tokens. "
-        f"At {float(ratios[-1]):.0%}, {verdict.replace(f' {ratios[-1]} (', ' (')}."
+        f"{document['model']}, {count} removed, as many of every layer or model-wide: rise of the perplexity on "
+        f"{data['documents']:,} documents of {data['name']} ({data['tokens']:,} tokens), dense "
+        f"{dense['perplexity']:.3f}; calibrated and repaired on {calibration['documents']:,} documents of "
+        f"{calibration['name']}; random: mean ± standard deviation of {draws} draws. FLOPs of one sequence of "
+        f"{dense['costs']['length']} tokens: {shares}."
     )
     return "\n".join([*lines, "", caption])
+
+
+def _column(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The rows of one scope, as cut or repaired."""
+    scope, _, repaired = name.partition(" ")
+    return [
+        row
+        for row in document["rows"]
+        if row["plan"] is not None and (row["plan"]["scope"], row["repaired"]) == (scope, bool(repaired))
+    ]
 
 
 def speed_table(document: dict[str, Any]) -> str:

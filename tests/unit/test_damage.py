@@ -173,11 +173,11 @@ def test_a_projection_that_is_no_linear_map_is_refused(prepared):
 
 def test_scores_hold_what_was_asked(tmp_path):
     names = ["loss-game", "taylor", "fisher", "loo", "activation", "fluctuation"]
-    run = compressor.score(samples=24, values=names, output_dir=tmp_path / "scores", bootstrap=0)
+    run = compressor.score(samples=6, values=names, output_dir=tmp_path / "scores", bootstrap=0)
     for layer in run.scores.layers:
         assert set(names) | {"loss-game-error"} == set(layer.values)
         assert all(torch.isfinite(values).all() for values in layer.values.values())
-    again = compressor.score(samples=24, values=names, output_dir=tmp_path / "again", bootstrap=0)
+    again = compressor.score(samples=6, values=names, output_dir=tmp_path / "again", bootstrap=0)
     assert (tmp_path / "scores" / "scores.safetensors").read_bytes() == (
         tmp_path / "again" / "scores.safetensors"
     ).read_bytes()

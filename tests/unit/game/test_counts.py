@@ -1,9 +1,6 @@
 """Accumulated counts against one pass over bare arrays: bit for bit, however the observations arrive."""
 
 import copy
-import os
-import subprocess
-import sys
 from itertools import combinations_with_replacement, pairwise
 
 import numpy as np
@@ -15,7 +12,6 @@ from hypothesis import strategies as st
 from compressor.game import counts, pair_entropies
 from compressor.game.counts import DensePairs, PairHistogram, PairStatistics, SparsePairs, pair_statistics
 from compressor.game.estimators import ESTIMATORS
-from tests.conftest import ROOT
 from tests.unit.game.reference import counts_of, joint
 
 ALPHABET = 9
@@ -187,96 +183,6 @@ def test_states_merge_by_the_reductions_they_declare(kind):
         elif joined := [part for state in states for part in state]:
             setattr(merged, name, reduction(joined))
     assert same(PairStatistics(*merged.compute.__wrapped__()), pair_statistics(rows))
-
-
-DEVICE = """
-import sys
-from datetime import timedelta
-import torch
-from torch import distributed
-from compressor.callbacks.tables import Observations, SymbolTable
-from compressor.game.counts import DensePairs, SparsePairs
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group(
-    "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=20)
-)
-makers = {
-    "dense": lambda: DensePairs(3, 9),
-    "sparse": lambda: SparsePairs(3, 9),
-    "table": lambda: SymbolTable(9),
-    "spilled": lambda: SymbolTable(9, 40),
-    "observations": Observations,
-}
-results = {}
-for case, parts in torch.load(f"{folder}/parts.pt").items():
-    for name, make in makers.items():
-        metric, answers = make(), []
-        for batches in parts[rank]:
-            for batch in batches:
-                metric.update(*batch[:, :2].unbind(1)) if name == "observations" else metric.update(batch)
-            answers.append(metric.statistics() if name in ("dense", "sparse") else metric.compute())
-        results[case, name] = [tuple(answer) if isinstance(answer, tuple) else answer for answer in answers]
-        torch.save(results, f"{folder}/{rank}.pt")  # now, for a fault in what follows may end the process
-"""
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What two real processes find, by (case, metric): after some batches, and once more after others."""
-    folder = tmp_path_factory.mktemp("devices")
-    rows = symbols(300, 3)
-    first, second = rows[:200], rows[200:]
-    cases = {
-        "uneven": ((first[:30].split(11), second[:60].split(25)), (first[30:].split(50), second[60:].split(7))),
-        "one idle": ((first.split(60), second.split(60)), ((), (rows[:0],))),
-    }
-    torch.save(cases, folder / "parts.pt")
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, "-c", DEVICE, str(rank), str(folder)] for rank in (0, 1)]
-    running = [
-        subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands
-    ]
-    try:
-        said = [process.communicate(timeout=120)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-
-    def found(case: str, name: str) -> list:
-        """By rank, the answers after some batches and after all."""
-        ranks = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-        assert all((case, name) in results for results in ranks), "".join(said)[-2000:]
-        return [results[case, name] for results in ranks]
-
-    return cases, found
-
-
-CASES = pytest.mark.parametrize("case", ["uneven", "one idle"])
-
-
-@CASES
-@pytest.mark.parametrize("name", ["dense", "sparse"])
-def test_two_processes_count_as_one(two_processes, case, name):
-    """Merging does not stop the counting, and nothing is counted twice."""
-    cases, found = two_processes
-    seen = []
-    for moment in (0, 1):
-        seen += [batch for part in cases[case] for batch in part[moment]]
-        for answers in found(case, name):
-            assert same(PairStatistics(*answers[moment]), pair_statistics(torch.cat(seen)))
-
-
-@CASES
-@pytest.mark.parametrize("name", ["table", "spilled", "observations"])
-def test_two_processes_keep_what_one_keeps(two_processes, case, name):
-    """One device's rows after the other's."""
-    cases, found = two_processes
-    for moment in (0, 1):
-        rows = torch.cat([batch for part in cases[case] for batches in part[: moment + 1] for batch in batches])
-        for answers in found(case, name):
-            assert torch.equal(answers[moment], rows[:, :2] if name == "observations" else rows)
 
 
 # --- the life of a histogram ----------------------------------------------------------------------------------------
