@@ -22,6 +22,7 @@ from compressor.damage.gates import Site, linear_at
 from compressor.damage.moments import real_rows
 from compressor.errors import ModelError
 from compressor.measure._forward import evaluating
+from compressor.measure.sums import float64_device
 from compressor.module import Batch, LanguageModel
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of an input's mean square
@@ -93,7 +94,7 @@ def _refit(module: LanguageModel, batches: Sequence[Batch], site: Site, gone: Se
     staying = staying.nonzero().squeeze(1)
     axis = side(part, "inputs")
     weight = part.get_parameter("weight").detach()
-    rows = weight.movedim(axis, 0).flatten(1).double()  # [inputs, outputs]
+    rows = weight.movedim(axis, 0).flatten(1).to(fit.device).double()  # [inputs, outputs]
     lost = rows[leaving]
     square = float((rows * (held[:-1, :-1] @ rows)).sum())
 
@@ -120,9 +121,9 @@ def _refit(module: LanguageModel, batches: Sequence[Batch], site: Site, gone: Se
         refitted[staying] += chosen
     refitted[leaving] = 0
     with torch.no_grad():
-        weight.copy_(refitted[:-1].to(weight.dtype).view(weight.movedim(axis, 0).shape).movedim(0, axis))
+        weight.copy_(refitted[:-1].to(weight).view(weight.movedim(axis, 0).shape).movedim(0, axis))
         if chosen is not None and getattr(part, "bias", None) is not None:
-            part.get_parameter("bias").add_(refitted[-1].to(weight.dtype))
+            part.get_parameter("bias").add_(refitted[-1].to(weight))
     return Repair(site.module, before, after, ridge_chosen, condition)
 
 
@@ -130,13 +131,14 @@ def _moments(module: LanguageModel, batches: Sequence[Batch], site: Site) -> tup
     """Mean second moments of a site's inputs with a one behind them, [inputs + 1, inputs + 1]: fitted on, held out."""
     part = linear_at(module.model, site)
     size = len(site.owners) + 1
-    sums = torch.zeros(2, size, size, dtype=torch.float64, device=module.device)
+    home = float64_device(module.device)
+    sums = torch.zeros(2, size, size, dtype=torch.float64, device=home)
     counts = [0, 0]
     seen = 0
 
     def hook(part: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal seen
-        rows = real_rows(args[0], channel_axis(part), real).double()
+        rows = real_rows(args[0], channel_axis(part), real).to(home).double()
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         sums[kind].addmm_(rows.T, rows)
         counts[kind] += len(rows)

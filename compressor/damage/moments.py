@@ -13,6 +13,7 @@ from compressor.attention.linear import channel_axis, side
 from compressor.console import track
 from compressor.damage.gates import Site, linear_at
 from compressor.measure._forward import evaluating
+from compressor.measure.sums import float64_device
 from compressor.module import Batch, LanguageModel
 
 
@@ -36,9 +37,10 @@ def unit_moments(
     of their variance times the squared norm of their weights (FLAP, arXiv 2312.11983, eq. 5).
     """
     maps = [linear_at(module.model, site) for site in sites]
-    norms = [_weights(part).double().square().sum(1) for part in maps]
-    sums = [torch.zeros(2, len(site.owners), dtype=torch.float64, device=module.device) for site in sites]
-    acts = [torch.zeros(site.units, dtype=torch.float64, device=module.device) for site in sites]
+    home = float64_device(module.device)
+    norms = [_weights(part).to(home).double().square().sum(1) for part in maps]
+    sums = [torch.zeros(2, len(site.owners), dtype=torch.float64, device=home) for site in sites]
+    acts = [torch.zeros(site.units, dtype=torch.float64, device=home) for site in sites]
     real = torch.zeros(0)
     tokens = 0
 
@@ -47,12 +49,12 @@ def unit_moments(
 
         def hook(part: nn.Module, args: tuple[Any, ...]) -> None:
             rows = real_rows(args[0], channel_axis(part), real)
-            wide = rows.double()
+            wide = rows.to(home).double()
             sums[place] += torch.stack([wide.sum(0), wide.square().sum(0)])
             if all(len(own) == 1 for own in entries):  # of a channel, the weights' norm says it all
                 return
             for unit, own in enumerate(entries):
-                acts[place][unit] += (rows[:, own] @ weights[own]).double().square().sum()
+                acts[place][unit] += (rows[:, own] @ weights[own]).to(home).double().square().sum()
 
         return hook
 

@@ -85,7 +85,7 @@ def _mean_loss(
             gate[:, unit] = 0
             gates[place] = gate
         with gated(module.model, sites, gates):
-            total += torch.stack([part.double().sum() for part in module.losses(_moved(batch, module.device))]).cpu()
+            total += torch.stack([part.sum().cpu().double() for part in module.losses(_moved(batch, module.device))])
     return float(total[0] / total[1])
 
 

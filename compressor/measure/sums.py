@@ -9,6 +9,11 @@ from torchmetrics import Metric
 _WITHOUT_FLOAT64 = frozenset({"mps"})
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 is kept for tensors of a device: there, or on the CPU where the device has none."""
+    return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
+
+
 class WideSums(Metric):
     """A metric whose float states stay float64 (float32 where the device has none), whatever the model becomes."""
 
