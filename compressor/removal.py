@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from compressor.attention import attention_layers, prune_heads
 from compressor.damage import site_of
 from compressor.module import Batch, LanguageModel
-from compressor.repair import Repair, repair
+from compressor.repair import repair
 from compressor.types import PruningPlan, Task
 
 
@@ -20,12 +20,14 @@ def remove(
     """Remove what a plan says from a model, in place, after a repair on calibration text, where there is any.
 
     Returns:
-        What came of the repair, site by site, JSON-ready; None without calibration text.
+        What came of the repair, `Repair` by `Repair` with its layer, JSON-ready; None without calibration text.
     """
-    done: list[Repair] | None = None
+    done: list[dict[str, Any]] | None = None
     if calibration is not None:
         layers = attention_layers(model)
-        sites = [(site_of(layers[index], layers[index].num_heads), heads) for index, heads in plan.heads.items()]
-        done = repair(LanguageModel(model, task), calibration, sites)
+        sites = {index: site_of(layers[index], layers[index].num_heads) for index in plan.heads}
+        repaired = repair(LanguageModel(model, task), calibration, [(sites[i], gone) for i, gone in plan.heads.items()])
+        numbers = {site.module: index for index, site in sites.items()}
+        done = [{"layer": numbers[entry.site], **entry.to_dict()} for entry in repaired]
     prune_heads(model, plan.heads, allow_empty=plan.allow_empty)
-    return None if done is None else [entry.to_dict() for entry in done]
+    return done

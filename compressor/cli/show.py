@@ -125,13 +125,20 @@ def _print_plan(console: Console, result: PruneRun) -> None:
         f"the rule is ⌈{plan.ratio:g} · {_PORTIONS[plan.unit]}⌉ {rule}",
     )
     shares = result.document["removed_in_resamples"]
-    table = new_table("layer", "heads", "left", "removed", *(["in resamples"] if shares else []))
+    repairs = {entry["layer"]: entry for entry in result.document.get("repair") or ()}
+    more = [name for name, told in (("in resamples", shares), ("output error", repairs)) if told]
+    table = new_table("layer", "heads", "left", "removed", *more)
     for layer, before in enumerate(plan.heads_per_layer):
         gone = plan.heads.get(layer, ())
         sure = [", ".join(f"{shares[layer][head]:.0%}" for head in gone) or "–"] if shares else []
-        table.add_row(str(layer), str(before), str(before - len(gone)), ", ".join(map(str, gone)) or "–", *sure)
-    if shares:
-        table.caption = "in resamples: how often each would go if other documents of the kind had been counted"
+        mended = [_mended(repairs.get(layer))] if repairs else []
+        cells = (str(before), str(before - len(gone)), ", ".join(map(str, gone)) or "–")
+        table.add_row(str(layer), *cells, *sure, *mended)
+    captions = {
+        "in resamples": "in resamples: how often each would go if other documents of the kind had been counted",
+        "output error": "output error: share of a layer's output that is missing without the heads → after the repair",
+    }
+    table.caption = "\n".join(captions[name] for name in more) or None
     console.print(table)
     if "costs" in result.document:
         console.print(_cost_table(result.document["costs"]["dense"], result.document["costs"]["pruned"]))
@@ -139,6 +146,10 @@ def _print_plan(console: Console, result: PruneRun) -> None:
         say(console, f"plan: {result.directory}")
     if result.checkpoint is not None:
         say(console, f"checkpoint, loaded again and found equal: {result.checkpoint}")
+
+
+def _mended(repair: dict[str, Any] | None) -> str:
+    return "–" if repair is None else f"{repair['before']:.1%} → {repair['after']:.1%}"
 
 
 def _print_bench(console: Console, result: BenchRun) -> None:

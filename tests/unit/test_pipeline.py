@@ -652,6 +652,15 @@ def test_rivals_of_a_repaired_model_are_repaired_too(here: Path, scored: pipelin
     assert str(pruned.checkpoint) not in document["verdict"]  # which is about models that were not repaired
 
 
+def test_what_the_repair_mends_is_told(compress: Compress, here: Path, scored: pipeline.ScoreRun) -> None:
+    told = compress("prune", "--scores", scored.directory, "--json").json["repair"]
+    assert [entry["layer"] for entry in told] == [0, 1]
+    shown = compress("prune", "--scores", scored.directory).out
+    for entry in told:
+        assert f"{entry['before']:.1%} → {entry['after']:.1%}" in shown
+    assert "output error" not in compress("prune", "--scores", scored.directory, "--no-repair").out
+
+
 def test_text_that_has_changed_repairs_nothing(here: Path, scored: pipeline.ScoreRun):
     facts = scored.directory / "scores.json"
     document = json.loads(facts.read_text(encoding="utf-8"))
