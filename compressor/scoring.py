@@ -50,11 +50,17 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
     if asked and any(layer.num_heads for layer in layers):
         module.to(loaded.model.device)  # the Trainer leaves its model on the CPU
         sites = {layer.index: site_of(layer, layer.num_heads) for layer in layers if layer.num_heads}
-        found = damages(module, list(data.loss_dataloader()), list(sites.values()), asked, recipe.seed)
-        told = {index: {name: parts[place] for name, parts in found.items()} for place, index in enumerate(sites)}
-        scored = tuple(
-            replace(layer, values={**layer.values, **told.get(index, {})}) for index, layer in enumerate(scored)
-        )
+        batches = list(data.loss_dataloader())
+        found = damages(module, batches, list(sites.values()), asked, resamples=recipe.bootstrap, seed=recipe.seed)
+        told = list(scored)
+        for place, index in enumerate(sites):
+            values, resampled = ({name: parts[place] for name, parts in of.items()} for of in found)
+            told[index] = replace(
+                told[index],
+                values={**told[index].values, **values},
+                resampled={**told[index].resampled, **resampled},
+            )
+        scored = tuple(told)
     if not all(torch.isfinite(torch.cat([layer.first_key_mass, layer.output_norm])).all() for layer in scored):
         raise ModelError(f"the attention of {loaded.name} is not finite; its weights are broken")
     saturated = [index for index, layer in enumerate(scored) if is_saturated(layer)]

@@ -79,13 +79,19 @@ def shares_removed(scores: Scores, criterion: str, choose: Choose) -> list[list[
 
     None where documents were not resampled, or where they do not decide the criterion.
     """
+    needed = ("phi", "entropy") if criterion in WATCHED else (criterion,)
     layers = [layer.resampled for layer in scores.layers]
-    resamples = max((len(layer["phi"]) for layer in layers if layer), default=0)
-    if criterion not in WATCHED or not resamples:
+    told = [layer for layer, scored in zip(layers, scores.layers, strict=True) if len(scored.phi)]
+    if not told or not all(name in layer for layer in told for name in needed):
         return None
+    resamples = len(told[0][needed[0]])
     masks = [torch.zeros(resamples, len(layer.phi), dtype=torch.bool) for layer in scores.layers]
     for one in range(resamples):
-        values = [_values(criterion, layer["phi"][one], layer["entropy"][one]) if layer else () for layer in layers]
+        drawn = [[layer[name][one] for name in needed] if layer else [] for layer in layers]
+        if criterion in WATCHED:
+            values = [_values(criterion, *layer) if layer else () for layer in drawn]
+        else:
+            values = [tuple(layer[0].tolist()) if layer else () for layer in drawn]
         for index, heads in choose(HeadScores(criterion, tuple(values))).heads.items():
             masks[index][one, list(heads)] = True
     return [share_removed(mask.numpy()).tolist() for mask in masks]

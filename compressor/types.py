@@ -30,7 +30,7 @@ class LayerScores:
     dividends: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by order from "3" on: [C(H, order)]
     triples: Mapping[str, torch.Tensor] = field(default_factory=dict)  # "entropy", "coverage", … of triples: [C(H, 3)]
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of heads, beyond φ, and standard errors: [H]
-    resampled: Mapping[str, torch.Tensor] = field(default_factory=dict)  # "phi", "entropy" by resample: [R, H]
+    resampled: Mapping[str, torch.Tensor] = field(default_factory=dict)  # "phi", "entropy", "loss-game": [R, H]
 
 
 @dataclass(frozen=True)

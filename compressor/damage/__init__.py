@@ -2,11 +2,12 @@
 
 from compressor.damage.gates import Site, gated, site_of
 from compressor.damage.slopes import Slopes, ablations, slopes
-from compressor.damage.surrogate import Worth, first_order, loss_game, second_moment
-from compressor.damage.values import DAMAGES, damages
+from compressor.damage.surrogate import Worth, first_order, loss_game, resampled_loss_game, second_moment
+from compressor.damage.values import DAMAGES, Damages, damages
 
 __all__ = [
     "DAMAGES",
+    "Damages",
     "Site",
     "Slopes",
     "Worth",
@@ -15,6 +16,7 @@ __all__ = [
     "first_order",
     "gated",
     "loss_game",
+    "resampled_loss_game",
     "second_moment",
     "site_of",
     "slopes",

@@ -19,12 +19,14 @@ class Slopes:
 
     `slope` [windows, units] is the derivative of a window's loss, in nats summed over its predicted tokens, along the
     removal of each unit, at the point `removed` [windows, units]: 0 where a unit is whole, 1 where it is gone. Units
-    follow one another layer by layer. `tokens` [windows] is the number of predicted tokens.
+    follow one another layer by layer. `tokens` [windows] is the number of predicted tokens, `documents` [windows] the
+    document that a window is of.
     """
 
     slope: torch.Tensor
     removed: torch.Tensor
     tokens: torch.Tensor
+    documents: torch.Tensor
 
 
 def slopes(
@@ -34,7 +36,7 @@ def slopes(
 
     Args:
         module: the model and its task.
-        batches: with labels.
+        batches: with labels and places, as data modules give them.
         sites: where the units are.
         share: of the units, drawn anew for every window, that are partly removed, by a uniform amount.
         seed: of the draws.
@@ -52,7 +54,8 @@ def slopes(
             with gated(module.model, sites, gates):
                 losses, predicted = module.losses(_moved(batch, device))
                 gradients = torch.autograd.grad(losses.sum(), gates)
-            found.append((-torch.cat(gradients, dim=1).cpu().double(), removed.double(), predicted.cpu().double()))
+            slope = -torch.cat(gradients, dim=1).cpu().double()
+            found.append((slope, removed.double(), predicted.cpu().double(), batch["places"][:, 0].cpu()))
             done()
     return Slopes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from compressor.damage.slopes import Slopes
+from compressor.game.resampling import draw_examples
 
 
 class Worth(NamedTuple):
@@ -46,3 +47,15 @@ def loss_game(found: Slopes) -> Worth:
     weights = share * (1 + torch.where(varied, (0.5 - centre) / variance, 0) * away)
     residual = slope - level - curvature * away
     return Worth(level + curvature * (0.5 - centre), (weights * residual).square().sum(0).sqrt())
+
+
+def resampled_loss_game(found: Slopes, resamples: int, seed: int) -> torch.Tensor:
+    """What `loss_game` gives when documents are drawn anew, with replacement: [resamples, units]."""
+    _, documents = torch.unique(found.documents, return_inverse=True)
+    draws = torch.from_numpy(draw_examples(int(documents.max()) + 1, resamples, seed))
+    windows = [torch.arange(len(documents)).repeat_interleave(draw[documents]) for draw in draws]
+    return torch.stack([loss_game(_windows(found, rows)).rise for rows in windows])
+
+
+def _windows(found: Slopes, rows: torch.Tensor) -> Slopes:
+    return Slopes(found.slope[rows], found.removed[rows], found.tokens[rows], found.documents[rows])

@@ -9,8 +9,20 @@ from torch.nn import functional
 import compressor
 from compressor.attention import attention_layers
 from compressor.attention.silence import silenced_heads
-from compressor.damage import Slopes, ablations, damages, first_order, gated, loss_game, second_moment, site_of, slopes
+from compressor.damage import (
+    Slopes,
+    ablations,
+    damages,
+    first_order,
+    gated,
+    loss_game,
+    resampled_loss_game,
+    second_moment,
+    site_of,
+    slopes,
+)
 from compressor.errors import ModelError, RecipeError
+from compressor.game.resampling import draw_examples
 from compressor.module import LanguageModel
 
 KINDS = pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
@@ -27,7 +39,8 @@ def prepared(build, make_batch):
             batch = make_batch(padding)
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
             real = batch["attention_mask"].flatten().nonzero().squeeze(1)
-            batches.append({**batch, "labels": labels, "real": real})
+            places = torch.stack([torch.arange(len(labels)), torch.zeros(len(labels), dtype=torch.long)], dim=1)
+            batches.append({**batch, "labels": labels, "real": real, "places": places})
         layers = attention_layers(model)
         sites = [site_of(layer, layer.num_heads) for layer in layers]
         return LanguageModel(model, "masked" if kind == "bert" else "causal"), batches, sites
@@ -89,7 +102,9 @@ def test_slopes_are_finite_differences(prepared, kind, share):
 
 
 def test_moments_of_slopes():
-    found = Slopes(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.zeros(2, 2), torch.tensor([2.0, 8.0]))
+    found = Slopes(
+        torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.zeros(2, 2), torch.tensor([2.0, 8.0]), torch.arange(2)
+    )
     assert first_order(found).tolist() == pytest.approx([0.4, 0.2])
     assert second_moment(found).tolist() == pytest.approx([1.0, 2.0])
 
@@ -101,7 +116,8 @@ def line(units: int, windows: int, share: float, seed: int) -> tuple[Slopes, tor
     removed = torch.rand(windows, units, generator=generator, dtype=torch.float64)
     removed *= torch.rand(windows, units, generator=generator, dtype=torch.float64) < share
     tokens = torch.randint(20, 60, (windows,), generator=generator).double()
-    return Slopes((start + curvature * removed) * tokens[:, None], removed, tokens), start + curvature / 2
+    slope = (start + curvature * removed) * tokens[:, None]
+    return Slopes(slope, removed, tokens, torch.arange(windows) // 2), start + curvature / 2
 
 
 def noisy(found: Slopes, size: float, generator: torch.Generator) -> Slopes:
@@ -125,6 +141,18 @@ def test_standard_errors_are_those_of_repetition():
     assert ((rise.mean(0) - rises).abs() < 4 * rise.std(0) / 300**0.5).all()
 
 
+def test_resamples_draw_whole_documents():
+    """Written out: the windows of a document come together, as often as it is drawn."""
+    found, _ = line(units=3, windows=12, share=0.5, seed=4)
+    found = noisy(found, 1.0, torch.Generator().manual_seed(0))
+    resamples = resampled_loss_game(found, 5, seed=2)
+    for draw, rises in zip(draw_examples(6, 5, seed=2), resamples, strict=True):
+        rows = [window for window in range(12) for _ in range(draw[window // 2])]
+        written = Slopes(found.slope[rows], found.removed[rows], found.tokens[rows], found.documents[rows])
+        assert torch.allclose(rises, loss_game(written).rise)
+    assert resamples.std(0).min() > 0
+
+
 def test_units_that_every_window_had_whole_have_slopes_only():
     found, _ = line(units=3, windows=20, share=0.0, seed=3)
     assert torch.allclose(loss_game(found).rise, first_order(found))
@@ -134,7 +162,7 @@ def test_units_that_every_window_had_whole_have_slopes_only():
 def test_the_loss_game_predicts_what_silencing_does(prepared, kind):
     """Within the noise it states, beside an allowance for what is no quadratic."""
     module, batches, sites = prepared(kind)
-    found = damages(module, batches * 50, sites, ["loss-game", "loo"], seed=1)
+    found = damages(module, batches * 50, sites, ["loss-game", "loo"], seed=1).values
     game, error, loo = (torch.cat(found[name]) for name in ("loss-game", "loss-game-error", "loo"))
     assert ((game - loo).abs() <= 4 * error + 0.25 * loo.abs().max()).all()
     assert torch.corrcoef(torch.stack([game, loo]))[0, 1] > 0.9
@@ -144,7 +172,7 @@ def test_the_loss_game_predicts_what_silencing_does(prepared, kind):
 def test_strength_is_that_of_what_heads_hand_on(prepared, kind):
     """Against outputs of the projection, of which each is taken with all other heads silenced."""
     module, batches, sites = prepared(kind)
-    found = damages(module, batches, sites, ["activation", "fluctuation"])
+    found = damages(module, batches, sites, ["activation", "fluctuation"]).values
     for index, site in enumerate(sites):
         projection = module.model.get_submodule(site.module)
         weight = projection.weight.detach()
@@ -182,6 +210,18 @@ def test_scores_hold_what_was_asked(tmp_path):
         tmp_path / "again" / "scores.safetensors"
     ).read_bytes()
     assert again.scores.facts == run.scores.facts
+
+
+def test_how_often_heads_would_go_is_told(tmp_path):
+    run = compressor.score(samples=12, output_dir=tmp_path / "scores", bootstrap=20)
+    pruned = compressor.prune(scores=run.directory, dry_run=True)
+    shares = pruned.document["removed_in_resamples"]
+    assert [sum(layer) for layer in shares] == pytest.approx([2.0] * 4)  # two of eight go in every resample
+    drawn = torch.stack([layer.resampled["loss-game"] for layer in run.scores.layers])
+    lowest = drawn.argsort(dim=-1)[..., :2]
+    for layer, share in enumerate(shares):
+        counted = torch.bincount(lowest[layer].flatten(), minlength=8) / 20
+        assert share == pytest.approx(counted.tolist())
 
 
 def test_an_unknown_value_is_refused():
