@@ -52,7 +52,7 @@ def recovery_of(model: str) -> dict[str, Any] | None:
     """How a model was recovered, where it is a checkpoint that was."""
     for folder in (Path(model) / CHECKPOINT, Path(model)):
         if is_directory(folder) and (record := record_of(folder)) is not None:
-            found: dict[str, Any] | None = record.get("recovery")
+            found: dict[str, Any] | None = record.get("recovery") or record["base"].get("recovery")
             return found
     return None
 

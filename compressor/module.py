@@ -62,8 +62,8 @@ class LanguageModel(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean cross-entropy of the predicted tokens, in nats."""
-        logits, labels = self.aligned(batch)
-        return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        losses, predicted = self.losses(batch)
+        return losses.sum() / predicted.sum().clamp(min=1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the parameters that require gradients."""

@@ -351,7 +351,7 @@ def paper(
         output_dir, force, settings: as for `score`; `model` and `data` put others in the place of the paper's.
     """
     published_figures(name)
-    recipe = resolve(config or f"paper-{name}.yaml", settings)
+    recipe = _asking(resolve(config or f"paper-{name}.yaml", settings))
     with result_directory("paper", recipe, output_dir, force) as (staged, target):
         loaded = load_for(recipe)
         scores = score_model(loaded, recipe)

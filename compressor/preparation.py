@@ -80,7 +80,7 @@ def calibration_of(loaded: LoadedModel, recipe: Recipe, scored: Mapping[str, Any
     if data.calibration.fingerprint != scored["data"]["fingerprint"]:
         raise ArtefactError(
             f"{data.calibration.name} has changed since {loaded.name} was scored on it, so a repair would be for other "
-            "text; score again, or give --no-repair"
+            "text; score it again, or prune with --no-repair"
         )
     return list(data.loss_dataloader())
 

@@ -20,13 +20,14 @@ from compressor.attention.linear import channel_axis, side
 from compressor.console import log, track
 from compressor.damage.gates import Site, linear_at
 from compressor.damage.moments import real_rows
+from compressor.damage.slopes import moved
 from compressor.errors import ModelError
 from compressor.measure._forward import evaluating
 from compressor.measure.sums import float64_device
 from compressor.module import Batch, LanguageModel
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of an input's mean square
-HELD = 5  # every so many batches are held out of the fit
+HELD = 5  # every so many documents are held out of the fit
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def repair(module: LanguageModel, batches: Sequence[Batch], plan: Sequence[tuple
 
     Args:
         module: the model before anything was removed from it.
-        batches: calibration text.
+        batches: calibration text, with places.
         plan: the units that leave each site.
 
     Raises:
@@ -75,15 +76,15 @@ def repair(module: LanguageModel, batches: Sequence[Batch], plan: Sequence[tuple
     worse = sum(entry.ridge is None for entry in found)
     if worse:
         log.warning(
-            f"repair helps {len(found) - worse} of {len(found)} maps; the others stay as they are: the calibration "
-            "text is too short for them, give more --samples"
+            f"repair helps {len(found) - worse} of {len(found)} maps; the others just lose what leaves, for no refit "
+            "helped on the documents held out; more --samples may"
         )
     return found
 
 
 def _refit(module: LanguageModel, batches: Sequence[Batch], site: Site, gone: Sequence[int]) -> Repair:
     part = linear_at(module.model, site)
-    fit, held = _moments(module, batches, site)
+    fit, held, enough = _moments(module, batches, site)
     if not bool(torch.isfinite(fit).all() and torch.isfinite(held).all()):
         raise ModelError(f"what reaches {site.module} is not finite; the model or its text is broken")
     leaving = torch.tensor([place for unit in gone for place in site.entries[unit]], device=fit.device)
@@ -105,17 +106,23 @@ def _refit(module: LanguageModel, batches: Sequence[Batch], site: Site, gone: Se
         return lacking / square if square else 0.0
 
     before = error(torch.zeros(len(staying), lost.shape[1], dtype=lost.dtype, device=lost.device))
-    best: tuple[float, float | None, float | None, torch.Tensor | None] = (before, None, None, None)
+    best: tuple[float, float | None, torch.Tensor | None] = (before, None, None)
     system, target = fit[staying][:, staying], fit[staying][:, leaving] @ lost
     inputs = staying < constant
     scale = system.diagonal()[inputs].sum() / max(1, int(inputs.sum()))
-    for ridge in RIDGES:
-        drawn = system + torch.diag(ridge * scale * inputs)
-        change = torch.linalg.solve(drawn, target)
+    shared = sum(other.data_ptr() == weight.data_ptr() for other in _all_weights(module.model)) > 1
+    usable = enough and not shared and bool(len(staying)) and (bool(scale > 0) or not bool(inputs.any()))
+    for ridge in RIDGES if usable else ():
+        change = torch.linalg.solve(system + torch.diag(ridge * scale * inputs), target)
         if (after := error(change)) < best[0]:
-            values = torch.linalg.eigvalsh(drawn)
-            best = (after, ridge, float(values[-1] / values[0]), change)
-    after, ridge_chosen, condition, chosen = best
+            best = (after, ridge, change)
+    after, ridge_chosen, chosen = best
+    condition = None
+    if ridge_chosen is not None:
+        values = torch.linalg.eigvalsh(system + torch.diag(ridge_chosen * scale * inputs))
+        condition = float(values[-1] / values[0])
+    if shared:  # with a layer that may keep what leaves here
+        return Repair(site.module, before, after, None, None)
     refitted = torch.cat([rows, torch.zeros_like(rows[:1])])
     if chosen is not None:
         refitted[staying] += chosen
@@ -127,21 +134,31 @@ def _refit(module: LanguageModel, batches: Sequence[Batch], site: Site, gone: Se
     return Repair(site.module, before, after, ridge_chosen, condition)
 
 
-def _moments(module: LanguageModel, batches: Sequence[Batch], site: Site) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean second moments of a site's inputs with a one behind them, [inputs + 1, inputs + 1]: fitted on, held out."""
+def _all_weights(model: nn.Module) -> list[torch.Tensor]:
+    """Every parameter as often as modules hold it."""
+    return [weight for part in model.modules() for weight in part.parameters(recurse=False)]
+
+
+def _moments(module: LanguageModel, batches: Sequence[Batch], site: Site) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Mean second moments of a site's inputs with a one behind them, of documents to fit and of those held out.
+
+    [inputs + 1, inputs + 1] each; and whether there are both: if not, both moments are those of all documents.
+    """
     part = linear_at(module.model, site)
     size = len(site.owners) + 1
-    home = float64_device(module.device)
+    device = module.model.device
+    home = float64_device(device)
     sums = torch.zeros(2, size, size, dtype=torch.float64, device=home)
     counts = [0, 0]
     seen = 0
 
     def hook(part: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal seen
-        rows = real_rows(args[0], channel_axis(part), real).to(home).double()
+        rows = real_rows(args[0], channel_axis(part), real, mask.numel()).to(home).double()
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        sums[kind].addmm_(rows.T, rows)
-        counts[kind] += len(rows)
+        for kind, own in enumerate((rows[~held_out], rows[held_out])):
+            sums[kind].addmm_(own.T, own)
+            counts[kind] += len(own)
         seen += 1
         if seen == site.uses:
             raise _Seen
@@ -149,17 +166,18 @@ def _moments(module: LanguageModel, batches: Sequence[Batch], site: Site) -> tup
     handle = part.register_forward_pre_hook(hook)
     try:
         with evaluating(module), torch.no_grad():
-            for index, batch in enumerate(batches):
-                kind, seen = int(index % HELD == HELD - 1 or len(batches) == 1), 0
-                real = batch["real"].to(module.device)
+            for batch in batches:
+                seen, mask = 0, batch["attention_mask"]
+                held_out = (batch["places"][:, 0] % HELD == HELD - 1)[batch["real"] // mask.shape[1]].to(home)
+                real = batch["real"].to(device)
                 with suppress(_Seen):
-                    module.predict_step({name: tensor.to(module.device) for name, tensor in batch.items()}, 0)
+                    module.predict_step(moved(batch, device), 0)
     finally:
         handle.remove()
-    if not all(counts):  # too few batches to hold any out
+    if not all(counts):
         total = sums.sum(0) / sum(counts)
-        return total, total
-    return sums[0] / counts[0], sums[1] / counts[1]
+        return total, total, False
+    return sums[0] / counts[0], sums[1] / counts[1], True
 
 
 def _in_order(
@@ -177,5 +195,5 @@ def _in_order(
         stack.enter_context(torch.no_grad())
         for part in names:
             stack.callback(part.register_forward_pre_hook(note).remove)
-        module.predict_step({name: tensor.to(module.device) for name, tensor in batch.items()}, 0)
+        module.predict_step(moved(batch, module.model.device), 0)
     return sorted(plan, key=lambda entry: order.index(entry[0].module))

@@ -17,7 +17,7 @@ from compressor.callbacks import HeadScoring
 from compressor.confidence import COVERED, believed, is_saturated
 from compressor.config import Recipe
 from compressor.console import log
-from compressor.damage import DAMAGES, damages, site_of
+from compressor.damage import DAMAGES, damages, linear_at, site_of
 from compressor.environment import versions
 from compressor.errors import ModelError, RecipeError
 from compressor.files import did_you_mean
@@ -43,13 +43,15 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
     stop = _stop(recipe, layers) if recipe.until_stable else None
     budget = None if recipe.memory_budget is None else int(recipe.memory_budget * 2**30)
     scoring = HeadScoring(layers, windows.longest, recipe.symbol, analysis, budget, stop)
-    module = LanguageModel(loaded.model, loaded.task)
+    module, device = LanguageModel(loaded.model, loaded.task), loaded.model.device
+    asked = sorted(set(recipe.values or ()) & set(DAMAGES))
+    sites = {layer.index: site_of(layer, layer.num_heads) for layer in layers if layer.num_heads and asked}
+    for site in sites.values():
+        linear_at(loaded.model, site)  # what cannot be gated is refused before anything is run
     run_scoring(module, data, scoring, loaded.model.device)
     scored = scoring.layers_scored
-    asked = sorted(set(recipe.values or ()) & set(DAMAGES))
-    if asked and any(layer.num_heads for layer in layers):
-        module.to(loaded.model.device)  # the Trainer leaves its model on the CPU
-        sites = {layer.index: site_of(layer, layer.num_heads) for layer in layers if layer.num_heads}
+    if sites:
+        module.to(device)  # the Trainer leaves its model on the CPU
         batches = list(data.loss_dataloader())
         found = damages(module, batches, list(sites.values()), asked, resamples=recipe.bootstrap, seed=recipe.seed)
         told = list(scored)
@@ -61,7 +63,8 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
                 resampled={**told[index].resampled, **resampled},
             )
         scored = tuple(told)
-    if not all(torch.isfinite(torch.cat([layer.first_key_mass, layer.output_norm])).all() for layer in scored):
+    told_of = ([layer.first_key_mass, layer.output_norm, *layer.values.values()] for layer in scored)
+    if not all(bool(torch.isfinite(torch.cat(told)).all()) for told in told_of):
         raise ModelError(f"the attention of {loaded.name} is not finite; its weights are broken")
     saturated = [index for index, layer in enumerate(scored) if is_saturated(layer)]
     if saturated:

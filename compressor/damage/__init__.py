@@ -1,6 +1,6 @@
 """What the model's own loss says about heads: criteria that predict the damage of removing them."""
 
-from compressor.damage.gates import Site, gated, site_of
+from compressor.damage.gates import Site, gated, linear_at, site_of
 from compressor.damage.slopes import Slopes, ablations, slopes
 from compressor.damage.surrogate import Worth, first_order, loss_game, resampled_loss_game, second_moment
 from compressor.damage.values import DAMAGES, Damages, damages
@@ -15,6 +15,7 @@ __all__ = [
     "damages",
     "first_order",
     "gated",
+    "linear_at",
     "loss_game",
     "resampled_loss_game",
     "second_moment",

@@ -84,6 +84,11 @@ class _Scale:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         inputs, axis = args[0], channel_axis(module)
         factors = self.factors.to(inputs.dtype)
+        if len(inputs) % len(factors) or (len(inputs) != len(factors) and inputs.ndim != 2):
+            raise ModelError(
+                f"a layer works on {list(inputs.shape)} where there are {len(factors)} sequences: they cannot be gated "
+                "apart; use a criterion that does not look at the loss, such as magnitude"
+            )
         if len(inputs) != len(factors):  # [sequences · tokens, channels], as OPT used to have it
             factors = factors.repeat_interleave(len(inputs) // len(factors), 0)
         shape = [len(inputs)] + [1] * (inputs.ndim - 1)

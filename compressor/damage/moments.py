@@ -12,20 +12,32 @@ from torch import nn
 from compressor.attention.linear import channel_axis, side
 from compressor.console import track
 from compressor.damage.gates import Site, linear_at
+from compressor.damage.slopes import moved
+from compressor.errors import ModelError
 from compressor.measure._forward import evaluating
 from compressor.measure.sums import float64_device
 from compressor.module import Batch, LanguageModel
 
 
-def real_rows(inputs: torch.Tensor, axis: int, real: torch.Tensor) -> torch.Tensor:
+def real_rows(inputs: torch.Tensor, axis: int, real: torch.Tensor, tokens: int) -> torch.Tensor:
     """The rows of what goes into a linear map that belong to real tokens, [tokens, channels].
 
     Args:
         inputs: [sequences, tokens, channels], [sequences, channels, tokens], or [sequences · tokens, channels].
         axis: where the channels lie.
-        real: [tokens] where the real ones are, in the flattened batch.
+        real: [real tokens] where the real ones are, in the flattened batch.
+        tokens: in the batch, padding included.
+
+    Raises:
+        ModelError: the rows are not the tokens.
     """
-    return inputs.movedim(axis, -1).flatten(0, -2)[real]
+    rows = inputs.movedim(axis, -1).flatten(0, -2)
+    if len(rows) != tokens:
+        raise ModelError(
+            f"a layer works on {len(rows)} rows where the text has {tokens} tokens: what belongs to which token cannot "
+            "be told; use a criterion that does not look at them, such as magnitude, and --no-repair"
+        )
+    return rows[real]
 
 
 def unit_moments(
@@ -37,18 +49,21 @@ def unit_moments(
     of their variance times the squared norm of their weights (FLAP, arXiv 2312.11983, eq. 5).
     """
     maps = [linear_at(module.model, site) for site in sites]
-    home = float64_device(module.device)
+    device = module.model.device
+    home = float64_device(device)
     norms = [_weights(part).to(home).double().square().sum(1) for part in maps]
     sums = [torch.zeros(2, len(site.owners), dtype=torch.float64, device=home) for site in sites]
     acts = [torch.zeros(site.units, dtype=torch.float64, device=home) for site in sites]
     real = torch.zeros(0)
+    counts = [0] * len(sites)
     tokens = 0
 
     def watch(place: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         weights, entries = _weights(maps[place]), sites[place].entries
 
         def hook(part: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = real_rows(args[0], channel_axis(part), real)
+            rows = real_rows(args[0], channel_axis(part), real, tokens)
+            counts[place] += len(rows)  # again for every use
             wide = rows.to(home).double()
             sums[place] += torch.stack([wide.sum(0), wide.square().sum(0)])
             if all(len(own) == 1 for own in entries):  # of a channel, the weights' norm says it all
@@ -64,13 +79,12 @@ def unit_moments(
         for place, part in enumerate(maps):
             stack.callback(part.register_forward_pre_hook(watch(place)).remove)
         for batch in batches:
-            real = batch["real"].to(module.device)
-            tokens += len(real)
-            module.predict_step({name: tensor.to(module.device) for name, tensor in batch.items()}, 0)
+            real, tokens = batch["real"].to(device), batch["input_ids"].numel()
+            module.predict_step(moved(batch, device), 0)
             done()
     return [
-        (_activation(site, total, act, norm, tokens), _fluctuation(site, total, norm, tokens))
-        for site, total, act, norm in zip(sites, sums, acts, norms, strict=True)
+        (_activation(site, total, act, norm, rows), _fluctuation(site, total, norm, rows))
+        for site, total, act, norm, rows in zip(sites, sums, acts, norms, counts, strict=True)
     ]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from compressor.console import track
 from compressor.damage.gates import Site, gated
@@ -44,20 +46,22 @@ def slopes(
     generator = torch.Generator().manual_seed(seed)
     widths = [site.units for site in sites]
     found: list[tuple[torch.Tensor, ...]] = []
-    device = module.device
-    with evaluating(module), track("slopes of the loss", len(batches)) as done:
+    device = module.model.device
+    with evaluating(module), _frozen(module), track("slopes of the loss", len(batches)) as done:
         for batch in batches:
             shape = (len(batch["input_ids"]), sum(widths))
             drawn = torch.rand(shape, generator=generator) < share
             removed = torch.rand(shape, generator=generator) * drawn
             gates = [(1 - part).to(device).requires_grad_() for part in torch.split(removed, widths, dim=1)]
             with gated(module.model, sites, gates):
-                losses, predicted = module.losses(_moved(batch, device))
+                losses, predicted = module.losses(moved(batch, device))
                 gradients = torch.autograd.grad(losses.sum(), gates)
             slope = -torch.cat(gradients, dim=1).cpu().double()
             found.append((slope, removed.double(), predicted.cpu().double(), batch["places"][:, 0].cpu()))
             done()
-    return Slopes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    slope, away, tokens, documents = (torch.cat(parts) for parts in zip(*found, strict=True))
+    told = tokens > 0  # a window of one token predicts nothing
+    return Slopes(slope[told], away[told], tokens[told], documents[told])
 
 
 def ablations(module: LanguageModel, batches: Sequence[Batch], sites: Sequence[Site]) -> torch.Tensor:
@@ -76,6 +80,18 @@ def ablations(module: LanguageModel, batches: Sequence[Batch], sites: Sequence[S
     return torch.tensor(rises, dtype=torch.float64)
 
 
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Ask for no gradients of the weights, for which every linear map would keep its inputs."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def _mean_loss(
     module: LanguageModel, batches: Iterable[Batch], sites: Sequence[Site], gone: tuple[int, int] | None
 ) -> float:
@@ -84,13 +100,16 @@ def _mean_loss(
         gates: list[torch.Tensor | None] = [None] * len(sites)
         if gone is not None:
             place, unit = gone
-            gate = torch.ones(len(batch["input_ids"]), sites[place].units, device=module.device)
+            gate = torch.ones(len(batch["input_ids"]), sites[place].units, device=module.model.device)
             gate[:, unit] = 0
             gates[place] = gate
         with gated(module.model, sites, gates):
-            total += torch.stack([part.sum().cpu().double() for part in module.losses(_moved(batch, module.device))])
+            total += torch.stack(
+                [part.sum().cpu().double() for part in module.losses(moved(batch, module.model.device))]
+            )
     return float(total[0] / total[1])
 
 
-def _moved(batch: Batch, device: torch.device) -> Batch:
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device."""
     return {name: tensor.to(device) for name, tensor in batch.items()}

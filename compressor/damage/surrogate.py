@@ -9,6 +9,8 @@ import torch
 from compressor.damage.slopes import Slopes
 from compressor.game.resampling import draw_examples
 
+SURE = 1e-3  # least share of a residual that a fit leaves, where a window all but decides it
+
 
 class Worth(NamedTuple):
     """By how much the loss rises without a unit, in nats per predicted token, and its standard error: [units] each."""
@@ -33,7 +35,8 @@ def loss_game(found: Slopes) -> Worth:
     The slope along the removal r of a unit is taken to be b + q · r, with b and q fitted by least squares to slopes at
     random r amid other units that are partly gone. Its integral from 0 to 1, b + q / 2, is the rise of the loss: a
     Shapley value by Owen's multilinear extension, but for coalitions of about the size that pruning leaves instead of
-    all sizes. Windows are weighed by their tokens; errors follow from the scatter of the residuals.
+    all sizes. Windows are weighed by their tokens; errors follow from the scatter of the residuals, each as if
+    its window had not been fitted (HC3).
     """
     slope = found.slope / found.tokens[:, None]
     share = (found.tokens / found.tokens.sum())[:, None]
@@ -41,11 +44,13 @@ def loss_game(found: Slopes) -> Worth:
     away = found.removed - centre
     variance = (share * away.square()).sum(0)
     varied = variance > 0  # of a unit that every window had whole, there is a slope only
-    variance = variance.where(varied, 1)
+    # In few windows a unit may hardly have varied: then it counts as if it had, half as much as the others.
+    variance = variance.clamp(min=float(variance.mean()) / 2).where(varied, 1)
     curvature = torch.where(varied, (share * away * slope).sum(0) / variance, 0)
     # The rise is a weighted sum of the slopes; these are its weights.
     weights = share * (1 + torch.where(varied, (0.5 - centre) / variance, 0) * away)
-    residual = slope - level - curvature * away
+    leverage = share * (1 + torch.where(varied, away.square() / variance, 0))
+    residual = (slope - level - curvature * away) / (1 - leverage).clamp(min=SURE)
     return Worth(level + curvature * (0.5 - centre), (weights * residual).square().sum(0).sqrt())
 
 

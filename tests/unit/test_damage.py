@@ -43,7 +43,7 @@ def prepared(build, make_batch):
             batches.append({**batch, "labels": labels, "real": real, "places": places})
         layers = attention_layers(model)
         sites = [site_of(layer, layer.num_heads) for layer in layers]
-        return LanguageModel(model, "masked" if kind == "bert" else "causal"), batches, sites
+        return LanguageModel(model, "masked" if kind in ("bert", "albert") else "causal"), batches, sites
 
     return prepare
 
@@ -168,7 +168,29 @@ def test_the_loss_game_predicts_what_silencing_does(prepared, kind):
     assert torch.corrcoef(torch.stack([game, loo]))[0, 1] > 0.9
 
 
-@KINDS
+def test_a_window_that_predicts_nothing_spoils_nothing(prepared):
+    module, batches, sites = prepared("gpt2")
+    lone = {name: tensor[:1, :1] for name, tensor in batches[0].items() if name in ("input_ids", "attention_mask")}
+    lone |= {"labels": lone["input_ids"], "real": torch.tensor([0]), "places": torch.zeros(1, 2, dtype=torch.long)}
+    alone = slopes(module, batches, sites)
+    beside = slopes(module, [*batches, lone], sites)
+    assert torch.equal(alone.slope, beside.slope)
+    assert module.training_step(lone, 0) == 0
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_few_windows_give_no_wild_numbers():
+    """A unit that hardly varied is told no slope to extrapolate; and the errors own up to the scatter."""
+    worst = 0.0
+    for seed in range(300):
+        found, _ = line(units=8, windows=12, share=0.2, seed=seed)
+        flat = replace(found, slope=torch.ones_like(found.slope) * found.tokens[:, None])
+        worth = loss_game(noisy(flat, 1.0, torch.Generator().manual_seed(seed)))
+        worst = max(worst, float((worth.rise - 1).abs().max()))
+    assert worst < 10
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "albert"])
 def test_strength_is_that_of_what_heads_hand_on(prepared, kind):
     """Against outputs of the projection, of which each is taken with all other heads silenced."""
     module, batches, sites = prepared(kind)
@@ -183,7 +205,9 @@ def test_strength_is_that_of_what_heads_hand_on(prepared, kind):
             for batch in batches:
                 module.model(batch["input_ids"], attention_mask=batch["attention_mask"])
         hook.remove()
-        rows = torch.cat([seen[batch["attention_mask"].bool()] for seen, batch in zip(inputs, batches, strict=True)])
+        uses = len(inputs) // len(batches)
+        masks = [batch["attention_mask"].bool() for batch in batches for _ in range(uses)]
+        rows = torch.cat([seen[mask] for seen, mask in zip(inputs, masks, strict=True)])
         for head, own in enumerate(site.entries):
             handed = rows[:, own] @ weight[own]
             assert found["activation"][index][head] == pytest.approx(float(handed.square().sum(1).mean().sqrt()))

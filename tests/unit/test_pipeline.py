@@ -666,7 +666,9 @@ def test_text_that_has_changed_repairs_nothing(here: Path, scored: pipeline.Scor
     document = json.loads(facts.read_text(encoding="utf-8"))
     document["data"]["fingerprint"] = "0" * 16
     facts.write_text(json.dumps(document), encoding="utf-8")
-    with pytest.raises(ArtefactError, match=r"has changed since .* score again, or give --no-repair") as caught:
+    with pytest.raises(
+        ArtefactError, match=r"has changed since .* score it again, or prune with --no-repair"
+    ) as caught:
         compressor.prune(criterion="gt-fep", scores=scored.directory)
     assert "\n" not in str(caught.value)
     assert not list(here.glob("runs/*/prune*"))

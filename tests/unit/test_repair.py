@@ -23,12 +23,15 @@ def prepared(build):
         model = build(kind, dtype=torch.float64)
         generator = torch.Generator().manual_seed(1)
         text = []
-        for _ in range(batches):
+        for index in range(batches):
             ids = torch.randint(3, 37, (rows, tokens), generator=generator)
             mask = torch.ones_like(ids)
             mask[0, tokens - 3 :] = 0
             real = mask.flatten().nonzero().squeeze(1)
-            text.append({"input_ids": ids, "attention_mask": mask, "labels": ids.clone(), "real": real})
+            places = torch.stack([torch.arange(rows) + index * rows, torch.zeros(rows, dtype=torch.long)], dim=1)
+            text.append(
+                {"input_ids": ids, "attention_mask": mask, "labels": ids.clone(), "real": real, "places": places}
+            )
         layers = attention_layers(model)
         sites = [site_of(layer, layer.num_heads) for layer in layers]
         return LanguageModel(model, "masked" if kind in ("bert", "albert") else "causal"), text, sites
@@ -36,8 +39,8 @@ def prepared(build):
     return prepare
 
 
-def inputs_of(module: LanguageModel, site, batches) -> torch.Tensor:
-    """All real rows that reach a site, [tokens, inputs]."""
+def inputs_of(module: LanguageModel, site, batches, held: bool) -> torch.Tensor:
+    """All real rows of documents that are held out, or are not, which reach a site: [tokens, inputs]."""
     seen: list[torch.Tensor] = []
     part = module.model.get_submodule(site.module)
     handle = part.register_forward_pre_hook(lambda part, args: seen.append(args[0].detach()))
@@ -46,7 +49,10 @@ def inputs_of(module: LanguageModel, site, batches) -> torch.Tensor:
             module.model(batch["input_ids"], attention_mask=batch["attention_mask"])
     handle.remove()
     uses = len(seen) // len(batches)
-    masks = [batch["attention_mask"].bool() for batch in batches for _ in range(uses)]
+    masks = []
+    for batch in batches:
+        mine = [(document % HELD == HELD - 1) == held for document in batch["places"][:, 0].tolist()]
+        masks += [batch["attention_mask"].bool() & torch.tensor(mine)[:, None]] * uses
     return torch.cat([rows[mask] for rows, mask in zip(seen, masks, strict=True)])
 
 
@@ -65,8 +71,7 @@ def test_the_refit_is_the_ridge_regression(prepared, kind):
     assert found.site == site.module
     assert found.ridge in RIDGES
     assert 0 < found.after < found.before
-    fit = [batch for index, batch in enumerate(batches) if index % HELD != HELD - 1]
-    rows, old = inputs_of(before, site, fit), weight_of(before, site)
+    rows, old = inputs_of(before, site, batches, held=False), weight_of(before, site)
     leaving = [place for head in gone for place in site.entries[head]]
     staying = [place for place in range(len(site.owners)) if place not in leaving]
     bias = module.model.get_submodule(site.module).bias is not None
@@ -81,8 +86,7 @@ def test_the_refit_is_the_ridge_regression(prepared, kind):
     if bias:
         moved = module.model.get_submodule(site.module).bias - before.model.get_submodule(site.module).bias
         assert torch.allclose(moved, change[-1], atol=1e-9)
-    held = batches[HELD - 1 :: HELD]
-    rows = inputs_of(before, site, held)
+    rows = inputs_of(before, site, batches, held=True)
     whole = rows @ old
     for told, weights, shift in ((found.before, old, 0), (found.after, new, change[-1] if bias else 0)):
         error = rows[:, staying] @ weights[staying] + shift - whole
@@ -147,6 +151,39 @@ def test_where_nothing_helps_weights_stay(prepared, caplog, monkeypatch):
     before[gone] = 0
     assert torch.equal(weight_of(module, sites[0]), before)
     assert "repair helps 0 of 1 maps" in caplog.text
+
+
+def test_without_documents_to_hold_out_nothing_is_fitted(prepared):
+    """A fit to one document looks perfect to that document alone."""
+    module, batches, sites = prepared("gpt2", batches=1, rows=1)
+    before = weight_of(module, sites[0]).clone()
+    (found,) = repair(module, batches, [(sites[0], [1])])
+    assert (found.ridge, found.condition) == (None, None)
+    before[sites[0].entries[1]] = 0
+    assert torch.equal(weight_of(module, sites[0]), before)
+
+
+def test_heads_that_are_replaced_by_silence_leave_a_bias(prepared):
+    """Where what stays is always zero, there is nothing to fit but the mean."""
+    module, batches, sites = prepared("gpt2")
+    attention = module.model.transformer.h[0].attn.c_attn
+    with torch.no_grad():
+        attention.weight[:, 54:] = 0  # the values of heads 1 to 3
+        attention.bias[54:] = 0
+        attention.bias[48:54] = 1.0
+    (found,) = repair(module, batches, [(sites[0], [0])])
+    assert found.after <= found.before
+
+
+def test_a_weight_that_another_layer_holds_too_is_left_alone(prepared):
+    """What leaves one layer may stay in the other."""
+    module, batches, sites = prepared("gpt2")
+    blocks = module.model.transformer.h
+    blocks[1].attn.c_proj.weight = blocks[0].attn.c_proj.weight
+    before = weight_of(module, sites[0]).clone()
+    found = repair(module, batches, [(sites[0], [0]), (sites[1], [1])])
+    assert [entry.ridge for entry in found] == [None, None]
+    assert torch.equal(weight_of(module, sites[0]), before)
 
 
 def test_broken_activations_are_refused(prepared):
