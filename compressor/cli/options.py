@@ -108,7 +108,8 @@ UntilStable = Annotated[
     bool | None,
     typer.Option(
         "--until-stable",
-        help="Stop scoring when the heads that --criterion (gt-fep, entropy, second-order) and --ratio remove stay the same.",
+        help="Stop scoring when the heads that --criterion (gt-fep, entropy or second-order) and --ratio remove stay "
+        "the same.",
         rich_help_panel="Scoring",
     ),
 ]
