@@ -48,17 +48,18 @@ def quality_table(document: dict[str, Any]) -> str:
         marked = [f"**{text}**" if value == low else text for (value, text), low in zip(found, best, strict=True)]
         rank = f"{document['rank_correlation_with_loo'][name]:+.2f}" if name not in ("random", "loo") else ""
         lines.append(_line(f"`{name}`", document["costs_per_example"][name], *marked, rank))
-    gone = next(row for row in document["rows"] if row["plan"] is not None)
-    data, calibration, plan = document["evaluation"], document["calibration"], gone["plan"]
-    shares = ", ".join(f"{name} {_saved(gone, dense, name)}" for name in ("attention", "total"))
-    draws = columns[next(iter(columns))]["random"]["draws"]
-    count = f"{plan['removed_heads']} of {plan['total_heads']} heads"
+    data, calibration = document["evaluation"], document["calibration"]
+    told = []
+    for scope, where in (("layer", "as many of every layer"), ("global", "model-wide")):
+        gone = _column(document, scope)[0]
+        saved = f"{_saved(gone, dense, 'attention')} of the FLOPs of attention, {_saved(gone, dense, 'total')} of all"
+        told.append(f"{gone['plan']['removed_heads']} of {gone['plan']['total_heads']} heads {where} ({saved})")
+    draws = columns["layer"]["random"]["draws"]
     caption = (
-        f"{document['model']}, {count} removed, as many of every layer or model-wide: rise of the perplexity on "
-        f"{data['documents']:,} documents of {data['name']} ({data['tokens']:,} tokens), dense "
-        f"{dense['perplexity']:.3f}; calibrated and repaired on {calibration['documents']:,} documents of "
-        f"{calibration['name']}; random: mean ± standard deviation of {draws} draws. FLOPs of one sequence of "
-        f"{dense['costs']['length']} tokens: {shares}."
+        f"{document['model']} without {' or '.join(told)}: rise of the perplexity on {data['documents']:,} documents "
+        f"of {data['name']} ({data['tokens']:,} tokens), dense {dense['perplexity']:.3f}; calibrated and repaired on "
+        f"{calibration['documents']:,} documents of {calibration['name']}; random: mean ± standard deviation of "
+        f"{draws} draws. FLOPs of one sequence of {dense['costs']['length']} tokens, by the first criterion."
     )
     return "\n".join([*lines, "", caption])
 
