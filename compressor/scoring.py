@@ -32,6 +32,8 @@ from compressor.stability import StableMask
 from compressor.trainer import run_scoring
 from compressor.types import Scores
 
+PAPERS = "gt-fep"  # the criterion that is watched where the one in force cannot be
+
 
 def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
     """Score a model that is already loaded."""
@@ -182,7 +184,11 @@ def _stop(recipe: Recipe, layers: Sequence[AttentionLayer]) -> StableMask:
         groups=[layer.group_index for layer in layers],
         allow_empty=recipe.allow_empty,
     )
-    return StableMask(recipe.criterion, [layer.num_heads for layer in layers], choose)
+    watched = recipe.criterion
+    if watched in DAMAGES:  # which is asked once, when all text that counts is known
+        watched = PAPERS
+        log.info(f"{recipe.criterion} is not known while scoring: watching the heads that {watched} would remove")
+    return StableMask(watched, [layer.num_heads for layer in layers], choose)
 
 
 def _log_stability(stop: StableMask, documents: int) -> None:

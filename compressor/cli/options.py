@@ -108,8 +108,8 @@ UntilStable = Annotated[
     bool | None,
     typer.Option(
         "--until-stable",
-        help="Stop scoring when the heads that --criterion (gt-fep, entropy or second-order) and --ratio remove stay "
-        "the same.",
+        help="Stop scoring when the heads that φ (or --criterion entropy or second-order) removes at --ratio stay the "
+        "same.",
         rich_help_panel="Scoring",
     ),
 ]

@@ -274,6 +274,16 @@ def test_other_symbols_and_scopes_can_be_watched(here: Path, models, many, symbo
         assert all(heads in ([0, 1, 2], [3, 4, 5]) for heads in check["heads"].values())
 
 
+def test_a_criterion_that_is_known_at_the_end_leaves_the_watch_to_phi(here: Path, models, many, caplog):
+    settings = {"model": models["gpt2"], "data": many, "until_stable": True, "bootstrap": 0, "batch_size": 1}
+    caplog.set_level("INFO", "compressor")
+    run = compressor.score(**settings)
+    watched = compressor.score(**settings, criterion="gt-fep")
+    assert run.scores.facts["stability"] == watched.scores.facts["stability"]
+    assert "loss-game is not known while scoring: watching the heads that gt-fep would remove" in caplog.text
+    assert all("loss-game" in layer.values for layer in run.scores.layers)
+
+
 def test_the_log_says_whether_the_heads_stayed_the_same(compress, models, texts, many):
     words = (
         "score",
