@@ -11,7 +11,7 @@ from compressor.config import Recipe
 from compressor.console import log
 from compressor.context import vocabulary_size
 from compressor.data import TextDataModule, Windows
-from compressor.errors import ArtefactError, ModelError, RecipeError
+from compressor.errors import ArtefactError, DataError, ModelError, RecipeError
 from compressor.loading import LoadedModel, load_model
 from compressor.module import Batch
 
@@ -76,7 +76,10 @@ def calibration_of(loaded: LoadedModel, recipe: Recipe, scored: Mapping[str, Any
     """
     names = ("data", "eval_data", "part", "samples", "max_length")
     settings = {name: scored["settings"][name] for name in names}
-    data = data_for(loaded, replace(recipe, **settings, seed=scored["seed"], until_stable=False))
+    try:
+        data = data_for(loaded, replace(recipe, **settings, seed=scored["seed"], until_stable=False))
+    except DataError as error:
+        raise DataError(f"a repair needs the text that was scored, or prune with --no-repair: {error}") from error
     if data.calibration.fingerprint != scored["data"]["fingerprint"]:
         raise ArtefactError(
             f"{data.calibration.name} has changed since {loaded.name} was scored on it, so a repair would be for other "

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 import compressor
 from compressor import pipeline
 from compressor.data import TextDataModule
-from compressor.errors import ArtefactError, CompressorError
+from compressor.errors import ArtefactError, CompressorError, DataError
 from compressor.loading import load_model
 from tests.conftest import CONTEXT, WORDS, Outcome, save_tiny, snapshot, tiny_model, tiny_tokenizer, write_documents
 
@@ -650,6 +650,15 @@ def test_rivals_of_a_repaired_model_are_repaired_too(here: Path, scored: pipelin
     unlike = {row["name"]: row["perplexity"] for row in document["rows"]}
     assert unlike["gt-fep 4/8"] != pytest.approx(rows["gt-fep 4/8"], rel=1e-3)
     assert str(pruned.checkpoint) not in document["verdict"]  # which is about models that were not repaired
+
+
+def test_text_that_is_gone_repairs_nothing(here: Path, models: dict[str, str]) -> None:
+    write_documents(here / "mine.jsonl", 20, 5)
+    compressor.score(model=models["gpt2"], data="mine.jsonl", output_dir="s")
+    (here / "mine.jsonl").unlink()
+    with pytest.raises(DataError, match=r"needs the text that was scored, or prune with --no-repair: .*mine\.jsonl"):
+        compressor.prune(scores="s")
+    assert compressor.prune(scores="s", repair=False).document["repair"] is None
 
 
 def test_what_the_repair_mends_is_told(compress: Compress, here: Path, scored: pipeline.ScoreRun) -> None:
