@@ -19,7 +19,11 @@ def print_scores(console: Console, result: ScoreRun) -> None:
     """Print a scoring run for people."""
     facts, layers = result.document["facts"], result.document["layers"]
     say(console, f"φ of {facts['model']} by layer and head, in nats; symbol: {facts['settings']['symbol']}")
-    console.print(_phi_table(layers))
+    console.print(_head_table([layer["phi"] for layer in layers], "φ"))
+    rises = [[1000 * rise for rise in layer["values"].get("loss-game", [])] for layer in layers]
+    if any(rises):
+        say(console, "loss-game: rise of the loss without each head, in thousandths of a nat per token")
+        console.print(_head_table(rises, "rise"))
     console.print(_trust_table(layers))
     for layer in layers:
         for order, found in layer["dividends"].items():
@@ -64,23 +68,20 @@ def _dividends_line(layer: int, order: int, found: dict[str, Any]) -> str:
     return line
 
 
-def _phi_table(layers: list[dict[str, Any]]) -> Table:
-    """φ of every head where they fit a line, else the range and the lowest of each layer."""
-    width = max(len(layer["phi"]) for layer in layers)
-    heads = [str(head) for head in range(width)] if width <= MATRIX_WIDTH else ["lowest heads", "φ from", "to"]
+def _head_table(values: list[list[float]], name: str) -> Table:
+    """A value of every head where they fit a line, else the range and the lowest of each layer."""
+    width = max(map(len, values))
+    heads = [str(head) for head in range(width)] if width <= MATRIX_WIDTH else ["lowest heads", f"{name} from", "to"]
     table = new_table("layer", *heads)
-    for layer in layers:
-        ranked = sorted(range(len(layer["phi"])), key=layer["phi"].__getitem__)
+    for index, layer in enumerate(values):
+        ranked = sorted(range(len(layer)), key=layer.__getitem__)
         if width <= MATRIX_WIDTH:
-            cells = [
-                Text(f"{value:.1f}", "bold red" if head in ranked[:1] else "")
-                for head, value in enumerate(layer["phi"])
-            ]
+            cells = [Text(f"{value:.1f}", "bold red" if head in ranked[:1] else "") for head, value in enumerate(layer)]
             cells += [Text("")] * (width - len(cells))
         else:
             cells = [Text(", ".join(map(str, ranked[:5])))]
-            cells += [Text(f"{layer['phi'][head]:.2f}") for head in (ranked[:1] + ranked[-1:])]
-        table.add_row(str(layer["layer"]), *cells)
+            cells += [Text(f"{layer[head]:.2f}") for head in (ranked[:1] + ranked[-1:])]
+        table.add_row(str(index), *cells)
     return table
 
 

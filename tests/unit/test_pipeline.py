@@ -652,6 +652,15 @@ def test_rivals_of_a_repaired_model_are_repaired_too(here: Path, scored: pipelin
     assert str(pruned.checkpoint) not in document["verdict"]  # which is about models that were not repaired
 
 
+def test_scoring_shows_what_each_head_is_worth(compress: Compress, models: dict[str, str], texts: str) -> None:
+    told = compress("score", "--model", models["gpt2"], "--data", texts, "--json").json["layers"]
+    shown = compress("score", "--model", models["gpt2"], "--data", texts).out
+    for layer in told:
+        for rise in layer["values"]["loss-game"]:
+            assert f"{1000 * rise:.1f}" in shown
+    assert "loss-game" not in compress("score", "--model", models["gpt2"], "--data", texts, "--criterion", "gt-fep").out
+
+
 def test_text_that_is_gone_repairs_nothing(here: Path, models: dict[str, str]) -> None:
     write_documents(here / "mine.jsonl", 20, 5)
     compressor.score(model=models["gpt2"], data="mine.jsonl", output_dir="s")
