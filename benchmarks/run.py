@@ -35,7 +35,7 @@ from compressor.loading import LoadedModel, load_model
 from compressor.measure.costs import measure_costs
 from compressor.preparation import data_for
 from compressor.scoring import score_model
-from compressor.types import HeadScores, PruningPlan, Scores
+from compressor.types import PruningPlan, Scores, UnitScores
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.05, 0.1, 0.2)
@@ -115,7 +115,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config()).to(args.device).eval()
         norms = [tuple(output_norms(model, layer).tolist()) for layer in attention_layers(model)]
-        ranking = HeadScores("magnitude", tuple(norms))
+        ranking = UnitScores("magnitude", tuple(norms))
     else:
         dense = _dense(args)
         ranking = criterion("gt-fep")(

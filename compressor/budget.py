@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from compressor.errors import PlanError
-from compressor.types import HeadScores, PruningPlan
+from compressor.types import PruningPlan, UnitScores
 
 SCOPES = ("layer", "global")
 UNITS = ("head", "query", "group")
@@ -23,7 +23,7 @@ def heads_to_remove(ratio: float, heads: int) -> int:
 
 
 def allocate(
-    scores: HeadScores,
+    scores: UnitScores,
     ratio: float,
     scope: str = "layer",
     *,
@@ -89,7 +89,7 @@ def allocate(
     if not plan:
         what = "head" if unit == "head" else f"portion of heads (unit {unit})"
         raise PlanError(f"no layer has a {what} to spare: every layer would lose its last one")
-    return PruningPlan(plan, scores.criterion, ratio, scope, scores.heads_per_layer, allow_empty, seed, unit)
+    return PruningPlan(plan, scores.criterion, ratio, scope, scores.units_per_layer, allow_empty, seed, unit)
 
 
 def _portions(values: Sequence[float], unit: str, groups: Sequence[int] | None) -> list[tuple[float, tuple[int, ...]]]:

@@ -71,7 +71,7 @@ def reproduce(name: str, scores: Scores, dense: LoadedModel, recipe: Recipe) -> 
     ours = criterion(recipe.criterion)(scores, recipe.seed)
     plans = {f"{recipe.criterion} {ratio:.0%}": choose(ours, ratio) for ratio in RATIOS}
     draws = range(recipe.seed, recipe.seed + recipe.random_seeds)
-    heads = ours.heads_per_layer
+    heads = ours.units_per_layer
     drawn = {f"random (seed {seed})": choose(random_scores(heads, seed), RATIOS[-1], seed=seed) for seed in draws}
     rows = measure_quality(dense, {**plans, **drawn}, data)
     speed = _speed(dense, plans[f"{recipe.criterion} {RATIOS[-1]:.0%}"], recipe)

@@ -12,11 +12,11 @@ from compressor.errors import RecipeError
 from compressor.game.counts import PairStatistics
 from compressor.game.resampling import share_removed
 from compressor.game.values import phi_from
-from compressor.types import HeadScores, PruningPlan, Scores
+from compressor.types import PruningPlan, Scores, UnitScores
 
 WATCHED = ("gt-fep", "entropy", "second-order")  # what pairs of heads tell
 FIRST_CHECK, GROWTH = 16, 1.25  # documents before the first check, and how many more before the next
-Choose = Callable[[HeadScores], PruningPlan]
+Choose = Callable[[UnitScores], PruningPlan]
 
 
 @dataclass
@@ -45,7 +45,7 @@ class StableMask:
         for index in range(len(self.heads_per_layer)):
             pairs = found[index].entropies if index in found else torch.zeros(0, 0, dtype=torch.float64)
             layers.append(_values(self.criterion, phi_from(pairs), pairs.diagonal()))
-        mask = self.choose(HeadScores(self.criterion, tuple(layers))).heads
+        mask = self.choose(UnitScores(self.criterion, tuple(layers))).heads
         self.checks.append((documents, mask))
         return self.stable
 
@@ -92,6 +92,6 @@ def shares_removed(scores: Scores, criterion: str, choose: Choose) -> list[list[
             values = [_values(criterion, *layer) if layer else () for layer in drawn]
         else:
             values = [tuple(layer[0].tolist()) if layer else () for layer in drawn]
-        for index, heads in choose(HeadScores(criterion, tuple(values))).heads.items():
+        for index, heads in choose(UnitScores(criterion, tuple(values))).heads.items():
             masks[index][one, list(heads)] = True
     return [share_removed(mask.numpy()).tolist() for mask in masks]

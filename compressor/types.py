@@ -34,23 +34,35 @@ class LayerScores:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The outcome of a scoring run: one `LayerScores` per attention layer, and the facts that identify the run."""
+class MLPScores:
+    """What a scoring run found out about one MLP of F hidden channels; float64."""
 
-    layers: tuple[LayerScores, ...]
-    facts: Mapping[str, Any]
+    output_norm: torch.Tensor  # [F] L2 norm of the channel's slice of the down projection
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of channels, by name: [F]
 
 
 @dataclass(frozen=True)
-class HeadScores:
-    """One number per head, `[layers][heads]`; the heads with the lowest go first."""
+class Scores:
+    """The outcome of a scoring run: one `LayerScores` per attention layer, and the facts that identify the run.
+
+    `mlps` has one `MLPScores` per MLP, where the run looked at them.
+    """
+
+    layers: tuple[LayerScores, ...]
+    facts: Mapping[str, Any]
+    mlps: tuple[MLPScores, ...] = ()
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """One number per head or channel, `[layers][units]`; those with the lowest go first."""
 
     criterion: str
     values: tuple[tuple[float, ...], ...]
 
     @property
-    def heads_per_layer(self) -> tuple[int, ...]:
-        """Number of heads in each layer."""
+    def units_per_layer(self) -> tuple[int, ...]:
+        """Number of heads or channels in each layer."""
         return tuple(len(layer) for layer in self.values)
 
 

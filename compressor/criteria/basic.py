@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from compressor.criteria.registry import FORWARD, NOTHING, Values, register
-from compressor.types import HeadScores, Scores
+from compressor.types import Scores, UnitScores
 
 
 @register("bos-sink", "1 − mean attention mass on the first key: sinks go first (after arXiv 2601.06787)", cost=FORWARD)
@@ -28,8 +28,8 @@ def random(scores: Scores, seed: int) -> Values:
     return [list(layer) for layer in random_scores([len(layer.phi) for layer in scores.layers], seed).values]
 
 
-def random_scores(heads_per_layer: Sequence[int], seed: int) -> HeadScores:
+def random_scores(heads_per_layer: Sequence[int], seed: int) -> UnitScores:
     """Uniform draws for layers of so many heads."""
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.rand(heads, generator=generator, dtype=torch.float64) for heads in heads_per_layer)
-    return HeadScores("random", tuple(tuple(layer.tolist()) for layer in draws))
+    return UnitScores("random", tuple(tuple(layer.tolist()) for layer in draws))

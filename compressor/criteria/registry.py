@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from compressor.errors import RecipeError
 from compressor.files import did_you_mean
-from compressor.types import HeadScores, Scores
+from compressor.types import Scores, UnitScores
 
 Values = list[list[float]]
 NOTHING, FORWARD, BACKWARD = "nothing", "a forward pass", "a forward and a backward pass"
@@ -29,7 +29,7 @@ class Criterion:
     counted: bool = False
     needs: str | None = None
 
-    def __call__(self, scores: Scores, seed: int = 0) -> HeadScores:
+    def __call__(self, scores: Scores, seed: int = 0) -> UnitScores:
         """Score every head; `seed` matters to criteria that draw.
 
         Raises:
@@ -37,7 +37,7 @@ class Criterion:
         """
         if not self.answered_by(scores):
             raise RecipeError(f"the scores hold no {self.needs} values; score again with --values {self.needs}")
-        return HeadScores(self.name, tuple(tuple(layer) for layer in self.values(scores, seed)))
+        return UnitScores(self.name, tuple(tuple(layer) for layer in self.values(scores, seed)))
 
     def answered_by(self, scores: Scores) -> bool:
         """Whether a scoring run holds what the criterion needs."""

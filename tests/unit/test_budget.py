@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from compressor.budget import allocate, heads_to_remove
 from compressor.errors import PlanError
-from compressor.types import HeadScores
+from compressor.types import UnitScores
 
 
-def scores(*layers: list[float]) -> HeadScores:
-    return HeadScores("test", tuple(tuple(layer) for layer in layers))
+def scores(*layers: list[float]) -> UnitScores:
+    return UnitScores("test", tuple(tuple(layer) for layer in layers))
 
 
 @pytest.mark.parametrize(

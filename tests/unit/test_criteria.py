@@ -8,7 +8,7 @@ import torch
 from compressor.criteria import criteria, criterion, random_scores, register
 from compressor.criteria import registry as registry_module
 from compressor.errors import RecipeError
-from compressor.types import HeadScores, LayerScores, Scores
+from compressor.types import LayerScores, Scores, UnitScores
 
 # Which a scoring run computes only when asked, in the order of their made-up values.
 ASKED = ["eta", "marginal", "shapley", "third-order"]
@@ -60,8 +60,8 @@ def scratch(monkeypatch):
 @pytest.mark.parametrize("seed", [0, 5])
 def test_values(name, values, seed):
     scores = criterion(name)(SCORES, seed)
-    assert scores == HeadScores(name, values)
-    assert scores.heads_per_layer == (3, 0, 1)
+    assert scores == UnitScores(name, values)
+    assert scores.units_per_layer == (3, 0, 1)
     assert all(type(value) is float for row in scores.values for value in row)
 
 
@@ -69,7 +69,7 @@ def test_every_criterion_scores_every_head():
     assert {entry.name for entry in criteria()} == NAMES
     for entry in criteria():
         assert entry(SCORES).criterion == entry.name
-        assert entry(SCORES).heads_per_layer == (3, 0, 1)
+        assert entry(SCORES).units_per_layer == (3, 0, 1)
         assert entry.summary
         assert entry.cost
         assert "\n" not in entry.summary

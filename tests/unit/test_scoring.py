@@ -335,7 +335,7 @@ def test_layers_without_heads_keep_their_place(build, batches, score):
     assert not is_saturated(rest)
     assert rest.phi.shape == (4,)
     for entry in (entry for entry in criteria() if entry.needs is None):
-        assert entry(Scores((empty, rest), {})).heads_per_layer == (0, 4)
+        assert entry(Scores((empty, rest), {})).units_per_layer == (0, 4)
 
 
 def test_an_empty_layer_is_not_saturated(build, batches, score):
@@ -360,7 +360,7 @@ def test_layers_of_one_or_two_heads(build, batches, score, eager_attentions, mon
     if kept == 1:
         assert torch.equal(layer.phi, layer.entropy)
     for entry in (entry for entry in criteria() if entry.needs is None):
-        assert entry(Scores((layer,), {})).heads_per_layer == (kept,)
+        assert entry(Scores((layer,), {})).units_per_layer == (kept,)
 
 
 @pytest.mark.parametrize("storage", ["dense", "sparse"])

@@ -31,7 +31,7 @@ from compressor.loading import load_model
 from compressor.reproduction import PUBLISHED, claims, published_figures
 from compressor.scoring import score_model
 from compressor.stability import WATCHED, StableMask, shares_removed
-from compressor.types import HeadScores, LayerScores, Scores
+from compressor.types import LayerScores, Scores, UnitScores
 from tests.conftest import CONTEXT, tiny_tokenizer, write_documents
 
 
@@ -353,7 +353,7 @@ def test_shares_are_those_of_a_plain_loop(rule, scope):
             values.append(
                 tuple({"gt-fep": p, "entropy": h, "second-order": 2 * h - p}[rule] for p, h in pairs),
             )
-        plan = allocate(HeadScores(rule, tuple(values)), 0.4, scope)
+        plan = allocate(UnitScores(rule, tuple(values)), 0.4, scope)
         for index, heads in plan.heads.items():
             for head in heads:
                 expected[index][head] += 1 / 9

@@ -169,7 +169,7 @@ def test_attention_and_mlp_know_nothing_of_scores(name: str) -> None:
     stations = ("game", "criteria", "budget", "callbacks", "pipeline", "artefact", "data", "measure", "module")
     assert not touches(name, *(f"compressor.{station}" for station in (*stations, "trainer", "cli", "export")))
     text = MODULES[name].read_text(encoding="utf-8")
-    assert "HeadScores" not in text
+    assert "UnitScores" not in text
     assert "LayerScores" not in text
 
 
