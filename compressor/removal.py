@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from compressor.attention import attention_layers, prune_heads
-from compressor.damage import site_of
+from compressor.damage import Site, site_of
+from compressor.mlp import mlp_layers, prune_channels
 from compressor.module import Batch, LanguageModel
 from compressor.repair import repair
 from compressor.types import PruningPlan, Task
@@ -20,14 +21,24 @@ def remove(
     """Remove what a plan says from a model, in place, after a repair on calibration text, where there is any.
 
     Returns:
-        What came of the repair, `Repair` by `Repair` with its layer, JSON-ready; None without calibration text.
+        What came of the repair, `Repair` by `Repair` with its structure and layer, JSON-ready; None without calibration text.
     """
     done: list[dict[str, Any]] | None = None
     if calibration is not None:
+        places: dict[str, dict[str, Any]] = {}
+        losing: list[tuple[Site, Sequence[int]]] = []
         layers = attention_layers(model)
-        sites = {index: site_of(layers[index], layers[index].num_heads) for index in plan.heads}
-        repaired = repair(LanguageModel(model, task), calibration, [(sites[i], gone) for i, gone in plan.heads.items()])
-        numbers = {site.module: index for index, site in sites.items()}
-        done = [{"layer": numbers[entry.site], **entry.to_dict()} for entry in repaired]
-    prune_heads(model, plan.heads, allow_empty=plan.allow_empty)
+        for index, gone in plan.heads.items():
+            losing.append((site_of(layers[index], layers[index].num_heads), gone))
+            places[losing[-1][0].module] = {"structure": "heads", "layer": index}
+        mlps = mlp_layers(model) if plan.channels else ()
+        for index, gone in plan.channels.items():
+            losing.append((site_of(mlps[index], mlps[index].num_channels), gone))
+            places[losing[-1][0].module] = {"structure": "channels", "layer": index}
+        repaired = repair(LanguageModel(model, task), calibration, losing)
+        done = [{**places[entry.site], **entry.to_dict()} for entry in repaired]
+    if plan.heads:
+        prune_heads(model, plan.heads, allow_empty=plan.allow_empty)
+    if plan.channels:
+        prune_channels(model, plan.channels, allow_empty=plan.allow_empty)
     return done

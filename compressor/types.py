@@ -68,7 +68,7 @@ class UnitScores:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which query heads leave which layer, in the numbering of the model that was scored, and why."""
+    """Which query heads and MLP channels leave which layer, in the numbering of the model that was scored, and why."""
 
     heads: Mapping[int, tuple[int, ...]]
     criterion: str
@@ -78,6 +78,8 @@ class PruningPlan:
     allow_empty: bool = False
     seed: int | None = None  # of the draw, where the criterion is random
     unit: str = "head"  # "head", "query" or "group": what leaves at one time
+    channels: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # by MLP
+    channels_per_layer: tuple[int, ...] = ()  # before pruning, of every MLP; empty where the plan is about heads alone
 
     @property
     def removed(self) -> int:

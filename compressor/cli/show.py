@@ -125,7 +125,7 @@ def _print_plan(console: Console, result: PruneRun) -> None:
         f"the rule is ⌈{plan.ratio:g} · {_PORTIONS[plan.unit]}⌉ {rule}",
     )
     shares = result.document["removed_in_resamples"]
-    repairs = {entry["layer"]: entry for entry in result.document.get("repair") or ()}
+    repairs = {entry["layer"]: entry for entry in result.document.get("repair") or () if entry["structure"] == "heads"}
     more = [name for name, told in (("in resamples", shares), ("output error", repairs)) if told]
     table = new_table("layer", "heads", "left", "removed", *more)
     for layer, before in enumerate(plan.heads_per_layer):
