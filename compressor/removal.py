@@ -21,7 +21,8 @@ def remove(
     """Remove what a plan says from a model, in place, after a repair on calibration text, where there is any.
 
     Returns:
-        What came of the repair, `Repair` by `Repair` with its structure and layer, JSON-ready; None without calibration text.
+        What came of the repair, `Repair` by `Repair` with its structure and layer, JSON-ready; None without
+        calibration text.
     """
     done: list[dict[str, Any]] | None = None
     if calibration is not None:
