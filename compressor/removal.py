@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from compressor.attention import attention_layers, prune_heads
 from compressor.damage import Site, site_of
+from compressor.errors import ModelError
 from compressor.mlp import mlp_layers, prune_channels
 from compressor.module import Batch, LanguageModel
 from compressor.repair import repair
@@ -26,20 +27,23 @@ def remove(
     """
     done: list[dict[str, Any]] | None = None
     if calibration is not None:
-        places: dict[str, dict[str, Any]] = {}
-        losing: list[tuple[Site, Sequence[int]]] = []
-        layers = attention_layers(model)
-        for index, gone in plan.heads.items():
-            losing.append((site_of(layers[index], layers[index].num_heads), gone))
-            places[losing[-1][0].module] = {"structure": "heads", "layer": index}
-        mlps = mlp_layers(model) if plan.channels else ()
-        for index, gone in plan.channels.items():
-            losing.append((site_of(mlps[index], mlps[index].num_channels), gone))
-            places[losing[-1][0].module] = {"structure": "channels", "layer": index}
-        repaired = repair(LanguageModel(model, task), calibration, losing)
+        sites = _sites(model)
+        losing = [(site, getattr(plan, structure).get(layer, ())) for structure, layer, site in sites]
+        places = {site.module: {"structure": structure, "layer": layer} for structure, layer, site in sites}
+        repaired = repair(LanguageModel(model, task), calibration, losing, [site for *_, site in sites])
         done = [{**places[entry.site], **entry.to_dict()} for entry in repaired]
     if plan.heads:
         prune_heads(model, plan.heads, allow_empty=plan.allow_empty)
     if plan.channels:
         prune_channels(model, plan.channels, allow_empty=plan.allow_empty)
     return done
+
+
+def _sites(model: PreTrainedModel) -> list[tuple[str, int, Site]]:
+    """(structure, layer, where it hands on what it found) of every layer of heads, and every MLP."""
+    found = [("heads", layer.index, site_of(layer, layer.num_heads)) for layer in attention_layers(model)]
+    try:
+        mlps = mlp_layers(model)
+    except ModelError:  # such as one of experts
+        return found
+    return [*found, *(("channels", layer.index, site_of(layer, layer.num_channels)) for layer in mlps)]

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 
-from compressor import repair as repairing
 from compressor.attention import attention_layers, prune_heads
 from compressor.damage import site_of
 from compressor.errors import ModelError
+from compressor.mlp import mlp_layers
 from compressor.module import LanguageModel
-from compressor.repair import HELD, RIDGES, repair
+from compressor.repair import HELD, RIDGES, refit, repair
+from compressor.repair.passes import Point, blocks_of
+from compressor.repair.stream import streams
 
 KINDS = pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "albert"])
 
@@ -87,9 +89,10 @@ def test_the_refit_is_the_ridge_regression(prepared, kind):
         moved = module.model.get_submodule(site.module).bias - before.model.get_submodule(site.module).bias
         assert torch.allclose(moved, change[-1], atol=1e-9)
     rows = inputs_of(before, site, batches, held=True)
-    whole = rows @ old
+    shift_before = before.model.get_submodule(site.module).bias.detach() if bias else 0
+    whole = rows @ old + shift_before
     for told, weights, shift in ((found.before, old, 0), (found.after, new, change[-1] if bias else 0)):
-        error = rows[:, staying] @ weights[staying] + shift - whole
+        error = rows[:, staying] @ weights[staying] + shift + shift_before - whole
         assert told == pytest.approx(float(error.square().sum() / whole.square().sum()), rel=1e-8)
 
 
@@ -108,18 +111,149 @@ def test_a_repaired_model_can_be_cut(prepared, kind):
     assert torch.allclose(slim[real], expected[real], rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
-@KINDS
-def test_later_sites_are_repaired_for_what_earlier_ones_now_give(prepared, kind):
-    """The second site's fit is that of a model whose first site is repaired already."""
+# What stands behind each map where its outputs have been summed up, spelt out per architecture.
+STREAMS = {
+    "gpt2": ["transformer.h.0.ln_2", "transformer.h.1", "transformer.h.1.ln_2", "transformer.ln_f"],
+    "bert": [
+        "bert.encoder.layer.0.attention.output.LayerNorm",
+        "bert.encoder.layer.0.output.LayerNorm",
+        "bert.encoder.layer.1.attention.output.LayerNorm",
+        "bert.encoder.layer.1.output.LayerNorm",
+    ],
+    "llama": [
+        "model.layers.0.post_attention_layernorm",
+        "model.layers.1",
+        "model.layers.1.post_attention_layernorm",
+        "model.norm",
+    ],
+}
+ALL = pytest.mark.parametrize("kind", list(STREAMS))
+
+
+def all_sites(module: LanguageModel) -> list:
+    """Every output projection and down projection, block by block."""
+    heads = [site_of(layer, layer.num_heads) for layer in attention_layers(module.model)]
+    channels = [site_of(layer, layer.num_channels) for layer in mlp_layers(module.model)]
+    return [site for both in zip(heads, channels, strict=True) for site in both]
+
+
+@ALL
+def test_streams_are_where_the_architecture_sums(prepared, kind):
+    module, batches, _ = prepared(kind)
+    found = streams(module, batches[0], all_sites(module))
+    assert [stream.point.module for stream in found] == STREAMS[kind]
+    assert [stream.scale for stream in found] == pytest.approx([1.0] * 4)
+
+
+def test_a_scaled_stream_is_found_with_its_scale(prepared):
+    module, batches, _ = prepared("gpt2")
+    module.model.transformer.h[1].attn.resid_dropout.register_forward_hook(lambda part, args, output: output / 2)
+    found = streams(module, batches[0], all_sites(module))
+    assert [stream.scale for stream in found] == pytest.approx([1.0, 1.0, 0.5, 1.0])
+
+
+def test_a_norm_before_the_sum_leaves_no_stream(prepared):
+    """What a map of OLMo 2 gives is normed before it is added."""
+    module, batches, sites = prepared("olmo2")
+    assert streams(module, batches[0], all_sites(module)) == [None] * 4
+    found = repair(module, batches, [(sites[0], [1])], all_sites(module))
+    assert [(entry.site, entry.target) for entry in found] == [(sites[0].module, "output")]
+    assert found[0].after < found[0].before
+
+
+@ALL
+def test_every_map_behind_a_cut_is_fitted_to_the_dense_stream(prepared, kind):
+    """Followed map by map: raw activations of the model as repaired so far, and a solution by QR."""
     module, batches, sites = prepared(kind)
-    if len(sites) == 1:
-        pytest.skip("one layer, applied twice")
-    once = copy.deepcopy(module)
-    both = repair(module, batches, [(sites[1], [0]), (sites[0], [1])])
-    first = repair(once, batches, [(sites[0], [1])])
-    second = repair(once, batches, [(sites[1], [0])])
-    assert both == [*first, *second]
-    assert torch.equal(weight_of(module, sites[1]), weight_of(once, sites[1]))
+    dense, follower = copy.deepcopy(module), copy.deepcopy(module)
+    plan = {sites[0].module: [1], sites[1].module: [0, 2]}
+    everything = all_sites(module)
+    found = repair(module, batches, [(site, plan[site.module]) for site in reversed(sites)], everything)
+    assert [entry.site for entry in found] == [site.module for site in everything]
+    assert {entry.target for entry in found} == {"stream"}
+    for site, entry, place in zip(everything, found, STREAMS[kind], strict=True):
+        part = follower.model.get_submodule(site.module)
+        leaving = [entry for unit in plan.get(site.module, ()) for entry in site.entries[unit]]
+        staying = [entry for entry in range(len(site.owners)) if entry not in leaving]
+        old = weight_of(follower, site).clone()
+        with torch.no_grad():
+            (part.weight if type(part).__name__ == "Conv1D" else part.weight.T)[leaving] = 0
+        rows = inputs_of(follower, site, batches, held=False)
+        lacking = rows_given(dense, place, batches) - rows_given(follower, place, batches)
+        bias = part.bias is not None
+        design = torch.cat([rows[:, staying], torch.ones(len(rows), int(bias), dtype=rows.dtype)], dim=1)
+        penalty = (entry.ridge * len(rows) * rows[:, staying].square().mean()) ** 0.5
+        extra = penalty * torch.eye(len(staying), design.shape[1], dtype=rows.dtype)
+        target = torch.cat([lacking, torch.zeros(len(staying), lacking.shape[1], dtype=rows.dtype)])
+        change = torch.linalg.lstsq(torch.cat([design, extra]), target).solution
+        new = weight_of(module, site)
+        assert torch.allclose(new[staying], old[staying] + change[: len(staying)], atol=1e-7)
+        assert not new[leaving].any()
+        part.load_state_dict(module.model.get_submodule(site.module).state_dict())
+    for name, tensor in follower.state_dict().items():
+        assert torch.equal(tensor, module.state_dict()[name]), name
+
+
+def rows_given(module: LanguageModel, place: str, batches) -> torch.Tensor:
+    """What a module is given of the documents to fit, [tokens, width]."""
+    seen: list[torch.Tensor] = []
+    part = module.model.get_submodule(place)
+    handle = part.register_forward_pre_hook(lambda part, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        for batch in batches:
+            module.model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    handle.remove()
+    fit = [
+        torch.tensor([document % HELD != HELD - 1 for document in batch["places"][:, 0].tolist()]) for batch in batches
+    ]
+    return torch.cat(
+        [
+            rows[batch["attention_mask"].bool() & chosen[:, None]]
+            for rows, batch, chosen in zip(seen, batches, fit, strict=True)
+        ]
+    )
+
+
+def test_maps_before_the_first_cut_stay_as_they_are(prepared):
+    module, batches, sites = prepared("gpt2")
+    before = copy.deepcopy(module.state_dict())
+    found = repair(module, batches, [(sites[1], [1])], all_sites(module))
+    assert [entry.site for entry in found] == [site.module for site in all_sites(module)[2:]]
+    changed = {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"model.{entry.site}.{kind}" for entry in found for kind in ("weight", "bias")}
+
+
+@ALL
+def test_blocks_that_are_done_are_left_out_and_nothing_changes(prepared, kind, monkeypatch):
+    """With passes that go on behind the last block as with passes through the whole model, bit for bit."""
+    module, batches, sites = prepared(kind)
+    whole = copy.deepcopy(module)
+    plan, everything = [(site, [1]) for site in sites], all_sites(module)
+    runs = [0, 0]
+    for number, one in enumerate((module, whole)):
+
+        def count(part, args, output, number=number):
+            runs[number] += len(output) > 1  # more than a sample
+
+        one.model.get_submodule(sites[0].module).register_forward_hook(count)
+    in_parts = repair(module, batches, plan, everything)
+    monkeypatch.setattr(refit, "blocks_of", lambda *_: [])
+    assert repair(whole, batches, plan, everything) == in_parts
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
+    assert runs == [40, 50]  # the dense model, two maps, going on; the dense model, four maps
+
+
+def test_blocks_that_reach_past_each_other_are_never_left_out(prepared):
+    """A block that looks at what another one was given, not only at what it gave."""
+    module, batches, sites = prepared("gpt2")
+    points = [Point(site.module) for site in sites]
+    assert blocks_of(module, batches[0], points) == ["transformer.h.0", "transformer.h.1"]
+    first, second = module.model.transformer.h
+    notes: dict[str, torch.Tensor] = {}
+    first.attn.register_forward_hook(lambda part, args, output: notes.update(last=output[0]))
+    second.attn.c_proj.register_forward_pre_hook(lambda part, args: (args[0] + notes["last"],))
+    assert blocks_of(module, batches[0], points) == []
 
 
 def test_heads_that_say_the_same_are_replaced_exactly(prepared):
@@ -142,7 +276,7 @@ def test_where_nothing_helps_weights_stay(prepared, caplog, monkeypatch):
     """The heads leave all the same, and it is said that nothing makes up for them."""
     module, batches, sites = prepared("gpt2")
     before = weight_of(module, sites[0]).clone()
-    monkeypatch.setattr(repairing, "RIDGES", ())
+    monkeypatch.setattr(refit, "RIDGES", ())
     (found,) = repair(module, batches, [(sites[0], [1])])
     assert found.ridge is None
     assert found.after == found.before > 0

@@ -1,0 +1,309 @@
+"""Closed-form repair: before units leave, the rest of what feeds the same map is refitted to stand in for them.
+
+Map after map, in the order in which the model applies them: what the surviving inputs of a map should add is a
+least-squares problem in the second moments of its inputs, which are taken from the model as repaired so far. Where the
+model sums up what a map gives in a residual stream, the target is the stream of the dense model; so a map also makes up
+for what is left of the errors before it, and maps behind a cut that lose nothing are refitted too. Elsewhere it is what
+the map gave with all of its inputs. A ridge, chosen on calibration text that did not take part in the fit, draws the
+change towards nothing. A bias, where there is one, takes over the mean.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from compressor.attention.linear import channel_axis, side
+from compressor.console import log, track
+from compressor.damage.gates import Site, linear_at
+from compressor.damage.moments import real_rows
+from compressor.errors import ModelError
+from compressor.measure.sums import float64_device
+from compressor.module import Batch, LanguageModel
+from compressor.repair.passes import Passes, Point, blocks_of, see
+from compressor.repair.stream import Stream, streams
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of an input's mean square
+HELD = 5  # every so many documents are held out of the fit
+SAMPLE = 32  # tokens by which the model is tried out
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What came of one map, with errors on held-out calibration text as shares of the mean square of its outputs.
+
+    `target` is "stream" or "output": what the map was fitted to. `before` is the error when units just leave, `after`
+    the one after the refit. `ridge` was chosen, None where no refit helped; `condition` is the condition number of the
+    system that was solved for it.
+    """
+
+    site: str
+    target: str
+    before: float
+    after: float
+    ridge: float | None
+    condition: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return dict(vars(self))
+
+
+class _Task(NamedTuple):
+    """A map to refit: the units that leave it, and the stream behind it; or one to leave as it is.
+
+    A weight that is `shared` with another module, which may keep what leaves here, is not touched.
+    """
+
+    site: Site
+    gone: Sequence[int]
+    stream: Stream | None
+    shared: bool
+
+
+class _Moments(NamedTuple):
+    """Second moments of x, a map's inputs with a one behind them, and of e, what its outputs lack.
+
+    x xᵀ [2, inputs + 1, inputs + 1], x eᵀ [2, inputs + 1, outputs] and e² [2], means over the documents to fit and over
+    those held out. `enough` tells whether there are both kinds of documents: if not, both means are those of all.
+    """
+
+    inputs: torch.Tensor
+    lacking: torch.Tensor
+    square: torch.Tensor
+    enough: bool
+
+
+def repair(
+    module: LanguageModel,
+    batches: Sequence[Batch],
+    plan: Sequence[tuple[Site, Sequence[int]]],
+    others: Sequence[Site] = (),
+) -> list[Repair]:
+    """Refit the maps that lose units, and those behind them; the inputs of what is to leave get zero weights.
+
+    Args:
+        module: the model before anything was removed from it; changed in place, and ready to be cut.
+        batches: calibration text, with places.
+        plan: the units that leave each site.
+        others: sites that lose nothing. Those behind the first that does are refitted, where there is a stream.
+
+    Raises:
+        ModelError: activations are not finite, or a site of the plan is no linear map.
+    """
+    losing = [(site, sorted(gone)) for site, gone in plan if gone]
+    if not losing:
+        return []
+    sample = _sample(batches[0])
+    tasks = _tasks(module, sample, losing, others)
+    found: list[Repair] = []
+    with track("repairing", len(tasks)) as done:
+        for entry in _walk(module, batches, sample, tasks):
+            found.append(entry)
+            done()
+    lost = {site.module for site, _ in losing}
+    worse = sum(entry.ridge is None for entry in found if entry.site in lost)
+    if worse:
+        log.warning(
+            f"repair helps {len(losing) - worse} of {len(losing)} maps; the others just lose what leaves, for no refit "
+            "helped on the documents held out; more --samples may"
+        )
+    return found
+
+
+def _sample(batch: Batch) -> Batch:
+    """The beginning of a batch's first document."""
+    return {name: batch[name][:1, :SAMPLE] for name in ("input_ids", "attention_mask")}
+
+
+def _tasks(
+    module: LanguageModel, sample: Batch, losing: Sequence[tuple[Site, Sequence[int]]], others: Sequence[Site]
+) -> list[_Task]:
+    """What is to be refitted, in the order in which the model first applies it."""
+    lost = {site.module: gone for site, gone in losing}
+    sites = [*(site for site, _ in losing), *(site for site in others if site.module not in lost)]
+    names = {linear_at(module.model, site): site for site in sites}
+    order: list[Site] = []
+    handles = [part.register_forward_pre_hook(lambda part, _: order.append(names[part])) for part in names]
+    try:
+        see(module, sample, [Point(site.module, times=site.uses) for site in sites])
+    finally:
+        for handle in handles:
+            handle.remove()
+    ranked = list({site.module: site for site in order}.values())
+    first = next(place for place, site in enumerate(ranked) if site.module in lost)
+    behind = ranked[first:]
+    found = zip(behind, streams(module, sample, behind), strict=True)
+    weights = [weight.data_ptr() for part in module.model.modules() for weight in part.parameters(recurse=False)]
+    tasks = []
+    for site, stream in found:
+        shared = weights.count(linear_at(module.model, site).get_parameter("weight").data_ptr()) > 1
+        tasks.append(_Task(site, lost.get(site.module, ()), None if shared else stream, shared))
+    return [task for task in tasks if task.gone or task.stream is not None]
+
+
+def _exhaust(passes: Iterator[Any]) -> None:
+    deque(passes, maxlen=0)
+
+
+def _walk(module: LanguageModel, batches: Sequence[Batch], sample: Batch, tasks: Sequence[_Task]) -> Iterator[Repair]:
+    """Refit map after map. Of every block, the dense model's streams are noted before anything in it is changed."""
+    names = [task.site.module for task in tasks]
+    blocks = blocks_of(module, sample, [Point(task.site.module, times=task.site.uses) for task in tasks])
+    dense, slim = Passes(module, batches, blocks), Passes(module, batches, blocks)
+    homes = [next((n for n, block in enumerate(blocks) if name.startswith(f"{block}.")), 0) for name in names]
+    if blocks and homes[0]:
+        _exhaust(dense.advance(homes[0] - 1))
+        slim.follow(dense)
+    for home in sorted(set(homes)):
+        group = [task for task, own in zip(tasks, homes, strict=True) if own == home]
+        more = home < homes[-1]
+        targets = _targets(dense, group, home if more else None)
+        for task in group:
+            yield _refit(slim, task, *targets[task.site.module])
+        if more:
+            _exhaust(slim.advance(home))
+
+
+def _targets(dense: Passes, tasks: Sequence[_Task], block: int | None) -> dict[str, tuple[list[torch.Tensor], float]]:
+    """What the dense model's streams behind some maps are, and how large their outputs; with a block, up to its end.
+
+    By map: [real tokens, outputs] for every batch, in the host's memory, and a mean square on documents held out.
+    """
+    followed = [task for task in tasks if task.stream is not None]
+    targets: dict[str, tuple[list[torch.Tensor], float]] = {task.site.module: ([], 0.0) for task in tasks}
+    squares, held_rows = dict.fromkeys(targets, 0.0), 0
+    points = [Point(task.site.module, None) for task in followed]
+    points += [task.stream.point for task in followed if task.stream is not None]
+    if not points:
+        if block is not None:
+            _exhaust(dense.advance(block))
+        return targets
+    for batch, found in dense.look(points) if block is None else dense.advance(block, points):
+        held = _held(batch)
+        held_rows += int(held.sum())
+        for task, (outputs,), (seen,) in zip(followed, found[: len(followed)], found[len(followed) :], strict=True):
+            name = task.site.module
+            targets[name][0].append(_rows(seen, -1, batch).cpu())
+            own = _rows(outputs, -1, batch)[held.to(outputs.device)]
+            squares[name] += float(own.to(float64_device(own.device)).double().square().sum())
+    return {name: (rows, squares[name] / max(1, held_rows)) for name, (rows, _) in targets.items()}
+
+
+def _rows(seen: torch.Tensor, axis: int, batch: Batch) -> torch.Tensor:
+    return real_rows(seen, axis, batch["real"].to(seen.device), batch["attention_mask"].numel())
+
+
+def _held(batch: Batch) -> torch.Tensor:
+    """Which of a batch's real tokens are of documents held out of the fit."""
+    documents = batch["places"][:, 0] % HELD == HELD - 1
+    return documents[batch["real"] // batch["attention_mask"].shape[1]]
+
+
+def _refit(slim: Passes, task: _Task, streams: Sequence[torch.Tensor], square: float) -> Repair:
+    site, model = task.site, slim.module.model
+    part = linear_at(model, site)
+    axis = side(part, "inputs")
+    weight = part.get_parameter("weight").detach()
+    home = float64_device(weight.device)
+    rows = weight.movedim(axis, 0).flatten(1).to(home, torch.float64, copy=True)  # [inputs, outputs]
+    leaving = torch.tensor([place for unit in task.gone for place in site.entries[unit]], dtype=torch.long, device=home)
+    if task.stream is not None:  # which then lacks what leaves
+        with torch.no_grad():
+            weight.index_fill_(axis, leaving.to(weight.device), 0)
+    moments = _moments(slim, task, streams, rows, leaving)
+    if not bool(torch.isfinite(moments.inputs).all() and torch.isfinite(moments.lacking).all()):
+        raise ModelError(f"what reaches {site.module} is not finite; the model or its text is broken")
+    if task.stream is None:
+        if not task.shared:
+            with torch.no_grad():
+                weight.index_fill_(axis, leaving.to(weight.device), 0)
+        bias = getattr(part, "bias", None)
+        last = torch.zeros_like(rows[:1]) if bias is None else bias.detach().to(rows)[None]
+        whole = torch.cat([rows, last])
+        square = float((whole * (moments.inputs[1] @ whole)).sum())
+    constant = len(rows)
+    staying = torch.ones(constant + 1, dtype=torch.bool, device=home)
+    staying[leaving] = False
+    staying[constant] = getattr(part, "bias", None) is not None
+    staying = staying.nonzero().squeeze(1)
+    fit, held = (found[staying][:, staying] for found in moments.inputs)
+    target, held_target = (found[staying] for found in moments.lacking)
+
+    def error(change: torch.Tensor) -> float:
+        left = float(moments.square[1] - (change * (2 * held_target - held @ change)).sum())
+        return max(0.0, left) / square if square else 0.0
+
+    before = error(torch.zeros_like(target))
+    best: tuple[float, float | None, torch.Tensor | None] = (before, None, None)
+    inputs = staying < constant
+    scale = fit.diagonal()[inputs].sum() / max(1, int(inputs.sum()))
+    usable = moments.enough and not task.shared and bool(len(staying)) and (bool(scale > 0) or not bool(inputs.any()))
+    for ridge in RIDGES if usable else ():
+        change = torch.linalg.solve(fit + torch.diag(ridge * scale * inputs), target)
+        if (after := error(change)) < best[0]:
+            best = (after, ridge, change)
+    after, ridge_chosen, chosen = best
+    condition = None
+    if ridge_chosen is not None and chosen is not None:
+        values = torch.linalg.eigvalsh(fit + torch.diag(ridge_chosen * scale * inputs))
+        condition = float(values[-1] / values[0])
+        refitted = torch.cat([rows, torch.zeros_like(rows[:1])])
+        refitted[staying] += chosen
+        refitted[leaving] = 0
+        with torch.no_grad():
+            weight.copy_(refitted[:-1].to(weight).view(weight.movedim(axis, 0).shape).movedim(0, axis))
+            if getattr(part, "bias", None) is not None:
+                part.get_parameter("bias").add_(refitted[-1].to(weight))
+    kind = "output" if task.stream is None else "stream"
+    return Repair(site.module, kind, before, after, ridge_chosen, condition)
+
+
+def _moments(
+    slim: Passes, task: _Task, streams: Sequence[torch.Tensor], rows: torch.Tensor, leaving: torch.Tensor
+) -> _Moments:
+    site, home = task.site, rows.device
+    size, width = len(rows) + 1, rows.shape[1]
+    axis = channel_axis(linear_at(slim.module.model, site))
+    inputs = torch.zeros(2, size, size, dtype=torch.float64, device=home)
+    lacking = torch.zeros(2, size, width, dtype=torch.float64, device=home)
+    square = torch.zeros(2, dtype=torch.float64, device=home)
+    counts = [0, 0]
+    points = [Point(site.module, times=site.uses)] + ([task.stream.point] if task.stream is not None else [])
+    for place, (batch, (given, *seen)) in enumerate(slim.look(points)):
+        held = _held(batch).to(home)
+        for one in given:  # use by use
+            x = _rows(one, axis, batch).to(home).double()
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+            if task.stream is None:
+                e = None
+            else:
+                e = (
+                    streams[place].to(home).double() - _rows(seen[0][0], -1, batch).to(home).double()
+                ) / task.stream.scale
+            for kind, chosen in enumerate((~held, held)):
+                own = x[chosen]
+                inputs[kind].addmm_(own.T, own)
+                counts[kind] += len(own)
+                if e is not None:
+                    lacking[kind].addmm_(own.T, e[chosen])
+                    square[kind] += e[chosen].square().sum()
+    if not all(counts):
+        inputs, lacking, square = (torch.stack([both.sum(0)] * 2) for both in (inputs, lacking, square))
+        counts = [sum(counts)] * 2
+        enough = False
+    else:
+        enough = True
+    for kind, count in enumerate(counts):
+        inputs[kind] /= count
+        lacking[kind] /= count
+        square[kind] /= count
+    if task.stream is None:  # then it lacks what the leaving inputs gave
+        lost = rows[leaving]
+        lacking = inputs[:, :, leaving] @ lost
+        square = torch.stack([(lost * (both[leaving][:, leaving] @ lost)).sum() for both in inputs])
+    return _Moments(inputs, lacking, square, enough)
