@@ -136,7 +136,7 @@ def _print_plan(console: Console, result: PruneRun) -> None:
         table.add_row(str(layer), *cells, *sure, *mended)
     captions = {
         "in resamples": "in resamples: how often each would go if other documents of the kind had been counted",
-        "output error": "output error: share of a layer's output that is missing without the heads → after the repair",
+        "output error": "output error: of what a layer hands on, as a share of its output, as cut → after the repair",
     }
     table.caption = "\n".join(captions[name] for name in more) or None
     console.print(table)
