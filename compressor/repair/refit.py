@@ -13,22 +13,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from compressor.attention.linear import channel_axis, side
+from compressor.attention.linear import side
 from compressor.console import log, track
 from compressor.damage.gates import Site, linear_at
-from compressor.damage.moments import real_rows
 from compressor.errors import ModelError
 from compressor.measure.sums import float64_device
 from compressor.module import Batch, LanguageModel
 from compressor.repair.passes import Passes, Point, blocks_of, see
-from compressor.repair.stream import Stream, streams
+from compressor.repair.solve import Task, held_out, least_squares, moments_of_inputs, moments_of_streams, rows_of
+from compressor.repair.stream import streams
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of an input's mean square
-HELD = 5  # every so many documents are held out of the fit
 SAMPLE = 32  # tokens by which the model is tried out
 
 
@@ -51,31 +50,6 @@ class Repair:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return dict(vars(self))
-
-
-class _Task(NamedTuple):
-    """A map to refit: the units that leave it, and the stream behind it; or one to leave as it is.
-
-    A weight that is `shared` with another module, which may keep what leaves here, is not touched.
-    """
-
-    site: Site
-    gone: Sequence[int]
-    stream: Stream | None
-    shared: bool
-
-
-class _Moments(NamedTuple):
-    """Second moments of x, a map's inputs with a one behind them, and of e, what its outputs lack.
-
-    x xᵀ [2, inputs + 1, inputs + 1], x eᵀ [2, inputs + 1, outputs] and e² [2], means over the documents to fit and over
-    those held out. `enough` tells whether there are both kinds of documents: if not, both means are those of all.
-    """
-
-    inputs: torch.Tensor
-    lacking: torch.Tensor
-    square: torch.Tensor
-    enough: bool
 
 
 def repair(
@@ -122,7 +96,7 @@ def _sample(batch: Batch) -> Batch:
 
 def _tasks(
     module: LanguageModel, sample: Batch, losing: Sequence[tuple[Site, Sequence[int]]], others: Sequence[Site]
-) -> list[_Task]:
+) -> list[Task]:
     """What is to be refitted, in the order in which the model first applies it."""
     lost = {site.module: gone for site, gone in losing}
     sites = [*(site for site, _ in losing), *(site for site in others if site.module not in lost)]
@@ -142,7 +116,7 @@ def _tasks(
     tasks = []
     for site, stream in found:
         shared = weights.count(linear_at(module.model, site).get_parameter("weight").data_ptr()) > 1
-        tasks.append(_Task(site, lost.get(site.module, ()), None if shared else stream, shared))
+        tasks.append(Task(site, lost.get(site.module, ()), None if shared else stream, shared))
     return [task for task in tasks if task.gone or task.stream is not None]
 
 
@@ -150,7 +124,7 @@ def _exhaust(passes: Iterator[Any]) -> None:
     deque(passes, maxlen=0)
 
 
-def _walk(module: LanguageModel, batches: Sequence[Batch], sample: Batch, tasks: Sequence[_Task]) -> Iterator[Repair]:
+def _walk(module: LanguageModel, batches: Sequence[Batch], sample: Batch, tasks: Sequence[Task]) -> Iterator[Repair]:
     """Refit map after map. Of every block, the dense model's streams are noted before anything in it is changed."""
     names = [task.site.module for task in tasks]
     blocks = blocks_of(module, sample, [Point(task.site.module, times=task.site.uses) for task in tasks])
@@ -169,7 +143,7 @@ def _walk(module: LanguageModel, batches: Sequence[Batch], sample: Batch, tasks:
             _exhaust(slim.advance(home))
 
 
-def _targets(dense: Passes, tasks: Sequence[_Task], block: int | None) -> dict[str, tuple[list[torch.Tensor], float]]:
+def _targets(dense: Passes, tasks: Sequence[Task], block: int | None) -> dict[str, tuple[list[torch.Tensor], float]]:
     """What the dense model's streams behind some maps are, and how large their outputs; with a block, up to its end.
 
     By map: [real tokens, outputs] for every batch, in the host's memory, and a mean square on documents held out.
@@ -184,126 +158,50 @@ def _targets(dense: Passes, tasks: Sequence[_Task], block: int | None) -> dict[s
             _exhaust(dense.advance(block))
         return targets
     for batch, found in dense.look(points) if block is None else dense.advance(block, points):
-        held = _held(batch)
+        held = held_out(batch)
         held_rows += int(held.sum())
         for task, (outputs,), (seen,) in zip(followed, found[: len(followed)], found[len(followed) :], strict=True):
             name = task.site.module
-            targets[name][0].append(_rows(seen, -1, batch).cpu())
-            own = _rows(outputs, -1, batch)[held.to(outputs.device)]
+            targets[name][0].append(rows_of(seen, -1, batch).cpu())
+            own = rows_of(outputs, -1, batch)[held.to(outputs.device)]
             squares[name] += float(own.to(float64_device(own.device)).double().square().sum())
     return {name: (rows, squares[name] / max(1, held_rows)) for name, (rows, _) in targets.items()}
 
 
-def _rows(seen: torch.Tensor, axis: int, batch: Batch) -> torch.Tensor:
-    return real_rows(seen, axis, batch["real"].to(seen.device), batch["attention_mask"].numel())
-
-
-def _held(batch: Batch) -> torch.Tensor:
-    """Which of a batch's real tokens are of documents held out of the fit."""
-    documents = batch["places"][:, 0] % HELD == HELD - 1
-    return documents[batch["real"] // batch["attention_mask"].shape[1]]
-
-
-def _refit(slim: Passes, task: _Task, streams: Sequence[torch.Tensor], square: float) -> Repair:
-    site, model = task.site, slim.module.model
-    part = linear_at(model, site)
+def _refit(slim: Passes, task: Task, streams: Sequence[torch.Tensor], square: float) -> Repair:
+    """Refit one map of the model as repaired so far."""
+    site = task.site
+    part = linear_at(slim.module.model, site)
     axis = side(part, "inputs")
-    weight = part.get_parameter("weight").detach()
+    weight, bias = part.get_parameter("weight").detach(), getattr(part, "bias", None)
     home = float64_device(weight.device)
     rows = weight.movedim(axis, 0).flatten(1).to(home, torch.float64, copy=True)  # [inputs, outputs]
     leaving = torch.tensor([place for unit in task.gone for place in site.entries[unit]], dtype=torch.long, device=home)
-    if task.stream is not None:  # which then lacks what leaves
-        with torch.no_grad():
+
+    def silence() -> None:
+        if not task.shared:
             weight.index_fill_(axis, leaving.to(weight.device), 0)
-    moments = _moments(slim, task, streams, rows, leaving)
+
+    if task.stream is None:
+        moments = moments_of_inputs(slim, task, rows, leaving)
+        silence()
+        constant = torch.zeros_like(rows[:1]) if bias is None else bias.detach().to(rows)[None]
+        whole = torch.cat([rows, constant])
+        square = float((whole * (moments.inputs[1] @ whole)).sum())
+    else:  # which lacks what leaves, once that is silent
+        silence()
+        moments = moments_of_streams(slim, task, streams, rows.shape[1])
     if not bool(torch.isfinite(moments.inputs).all() and torch.isfinite(moments.lacking).all()):
         raise ModelError(f"what reaches {site.module} is not finite; the model or its text is broken")
-    if task.stream is None:
-        if not task.shared:
-            with torch.no_grad():
-                weight.index_fill_(axis, leaving.to(weight.device), 0)
-        bias = getattr(part, "bias", None)
-        last = torch.zeros_like(rows[:1]) if bias is None else bias.detach().to(rows)[None]
-        whole = torch.cat([rows, last])
-        square = float((whole * (moments.inputs[1] @ whole)).sum())
-    constant = len(rows)
-    staying = torch.ones(constant + 1, dtype=torch.bool, device=home)
+    staying = torch.ones(len(rows) + 1, dtype=torch.bool, device=home)
     staying[leaving] = False
-    staying[constant] = getattr(part, "bias", None) is not None
-    staying = staying.nonzero().squeeze(1)
-    fit, held = (found[staying][:, staying] for found in moments.inputs)
-    target, held_target = (found[staying] for found in moments.lacking)
-
-    def error(change: torch.Tensor) -> float:
-        left = float(moments.square[1] - (change * (2 * held_target - held @ change)).sum())
-        return max(0.0, left) / square if square else 0.0
-
-    before = error(torch.zeros_like(target))
-    best: tuple[float, float | None, torch.Tensor | None] = (before, None, None)
-    inputs = staying < constant
-    scale = fit.diagonal()[inputs].sum() / max(1, int(inputs.sum()))
-    usable = moments.enough and not task.shared and bool(len(staying)) and (bool(scale > 0) or not bool(inputs.any()))
-    for ridge in RIDGES if usable else ():
-        change = torch.linalg.solve(fit + torch.diag(ridge * scale * inputs), target)
-        if (after := error(change)) < best[0]:
-            best = (after, ridge, change)
-    after, ridge_chosen, chosen = best
-    condition = None
-    if ridge_chosen is not None and chosen is not None:
-        values = torch.linalg.eigvalsh(fit + torch.diag(ridge_chosen * scale * inputs))
-        condition = float(values[-1] / values[0])
-        refitted = torch.cat([rows, torch.zeros_like(rows[:1])])
-        refitted[staying] += chosen
-        refitted[leaving] = 0
-        with torch.no_grad():
-            weight.copy_(refitted[:-1].to(weight).view(weight.movedim(axis, 0).shape).movedim(0, axis))
-            if getattr(part, "bias", None) is not None:
-                part.get_parameter("bias").add_(refitted[-1].to(weight))
+    staying[-1] = bias is not None
+    fit = least_squares(moments, staying.nonzero().squeeze(1), () if task.shared else RIDGES)
+    if fit.ridge is not None:
+        rows[leaving] = 0
+        weight.copy_((rows + fit.change[:-1]).to(weight).view(weight.movedim(axis, 0).shape).movedim(0, axis))
+        if bias is not None:
+            bias.detach().add_(fit.change[-1].to(weight))
+    before, after = (error / square if square else 0.0 for error in (fit.before, fit.after))
     kind = "output" if task.stream is None else "stream"
-    return Repair(site.module, kind, before, after, ridge_chosen, condition)
-
-
-def _moments(
-    slim: Passes, task: _Task, streams: Sequence[torch.Tensor], rows: torch.Tensor, leaving: torch.Tensor
-) -> _Moments:
-    site, home = task.site, rows.device
-    size, width = len(rows) + 1, rows.shape[1]
-    axis = channel_axis(linear_at(slim.module.model, site))
-    inputs = torch.zeros(2, size, size, dtype=torch.float64, device=home)
-    lacking = torch.zeros(2, size, width, dtype=torch.float64, device=home)
-    square = torch.zeros(2, dtype=torch.float64, device=home)
-    counts = [0, 0]
-    points = [Point(site.module, times=site.uses)] + ([task.stream.point] if task.stream is not None else [])
-    for place, (batch, (given, *seen)) in enumerate(slim.look(points)):
-        held = _held(batch).to(home)
-        for one in given:  # use by use
-            x = _rows(one, axis, batch).to(home).double()
-            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-            if task.stream is None:
-                e = None
-            else:
-                e = (
-                    streams[place].to(home).double() - _rows(seen[0][0], -1, batch).to(home).double()
-                ) / task.stream.scale
-            for kind, chosen in enumerate((~held, held)):
-                own = x[chosen]
-                inputs[kind].addmm_(own.T, own)
-                counts[kind] += len(own)
-                if e is not None:
-                    lacking[kind].addmm_(own.T, e[chosen])
-                    square[kind] += e[chosen].square().sum()
-    if not all(counts):
-        inputs, lacking, square = (torch.stack([both.sum(0)] * 2) for both in (inputs, lacking, square))
-        counts = [sum(counts)] * 2
-        enough = False
-    else:
-        enough = True
-    for kind, count in enumerate(counts):
-        inputs[kind] /= count
-        lacking[kind] /= count
-        square[kind] /= count
-    if task.stream is None:  # then it lacks what the leaving inputs gave
-        lost = rows[leaving]
-        lacking = inputs[:, :, leaving] @ lost
-        square = torch.stack([(lost * (both[leaving][:, leaving] @ lost)).sum() for both in inputs])
-    return _Moments(inputs, lacking, square, enough)
+    return Repair(site.module, kind, before, after, fit.ridge, fit.condition)
