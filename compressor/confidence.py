@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from compressor.criteria import criteria
 from compressor.game.resampling import interval, rank_interval
 from compressor.game.shuffling import verdicts
-from compressor.types import LayerScores
+from compressor.types import LayerScores, MLPScores
 
 LEVEL = 0.95
 SATURATED = 0.99  # of ln N: a single head's entropy up here says that hardly any symbol was seen twice
+NEGLIGIBLE = 1e-5  # nats per token: a hundred channels that promise no more come to a thousandth of a nat
 COVERED = 0.9  # of a distribution; with more unseen, the entropy of a pair is anybody's guess
 
 
@@ -86,6 +88,25 @@ def layer_report(layer: LayerScores) -> dict[str, Any]:
             if len(values)
         },
     }
+
+
+def mlp_report(mlp: MLPScores) -> dict[str, Any]:
+    """How the values of an MLP's channels spread, JSON-ready; the values themselves stay in the safetensors file."""
+    in_loss = {entry.name for entry in criteria() if entry.in_loss}
+    channels = len(mlp.output_norm)
+    return {
+        "channels": channels,
+        "values": {name: _range(values, name in in_loss) for name, values in mlp.values.items() if channels},
+        "output_norm": _range(mlp.output_norm, False) if channels else None,
+    }
+
+
+def _range(values: torch.Tensor, in_loss: bool) -> dict[str, Any]:
+    least, median, most = (float(value) for value in (values.min(), values.median(), values.max()))
+    found: dict[str, Any] = {"least": least, "median": median, "most": most}
+    if in_loss:
+        found["negligible"] = {"below": NEGLIGIBLE, "share": float((values < NEGLIGIBLE).double().mean())}
+    return found
 
 
 def _spread(values: torch.Tensor) -> dict[str, Any]:

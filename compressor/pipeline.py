@@ -12,7 +12,7 @@ from typing import Any
 from compressor import comparison
 from compressor.artefact import load_scores, save_scores
 from compressor.budget import allocate
-from compressor.confidence import layer_report
+from compressor.confidence import layer_report, mlp_report
 from compressor.config import Recipe, resolve
 from compressor.console import log
 from compressor.contenders import (
@@ -52,9 +52,10 @@ class ScoreRun:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The facts, and what is to be said of each layer: JSON-ready."""
+        """The facts, and what is to be said of each layer and of each MLP: JSON-ready."""
         layers = [{"layer": index, **layer_report(layer)} for index, layer in enumerate(self.scores.layers)]
-        return {"facts": dict(self.scores.facts), "layers": layers}
+        mlps = [{"mlp": index, **mlp_report(mlp)} for index, mlp in enumerate(self.scores.mlps)]
+        return {"facts": dict(self.scores.facts), "layers": layers, "mlps": mlps}
 
 
 @dataclass(frozen=True)

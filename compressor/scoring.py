@@ -17,7 +17,8 @@ from compressor.callbacks import HeadScoring
 from compressor.confidence import COVERED, believed, is_saturated
 from compressor.config import Recipe
 from compressor.console import log
-from compressor.damage import DAMAGES, damages, linear_at, site_of
+from compressor.criteria import criteria
+from compressor.damage import DAMAGES, OF_CHANNELS, damages, linear_at, not_by_token, site_of
 from compressor.environment import versions
 from compressor.errors import ModelError, RecipeError
 from compressor.files import did_you_mean
@@ -26,11 +27,13 @@ from compressor.game.counting import columns_of, measure_coalitions
 from compressor.game.estimators import coverage
 from compressor.game.lattice import MAX_HEADS
 from compressor.loading import LoadedModel
+from compressor.mlp import MLPLayer, mlp_layers
+from compressor.mlp.layout import output_norms
 from compressor.module import LanguageModel
 from compressor.preparation import data_for
 from compressor.stability import StableMask
 from compressor.trainer import run_scoring
-from compressor.types import Scores
+from compressor.types import MLPScores, Scores
 
 PAPERS = "gt-fep"  # the criterion that is watched where the one in force cannot be
 
@@ -50,24 +53,47 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
     sites = {layer.index: site_of(layer, layer.num_heads) for layer in layers if layer.num_heads and asked}
     for site in sites.values():
         linear_at(loaded.model, site)  # what cannot be gated is refused before anything is run
+    mlps, no_channels = _mlps_of(loaded, recipe)
     run_scoring(module, data, scoring, loaded.model.device)
     scored = scoring.layers_scored
+    of_channels: list[dict[str, torch.Tensor]] = [{} for _ in mlps]
     if sites:
         module.to(device)  # the Trainer leaves its model on the CPU
         batches = list(data.loss_dataloader())
-        found = damages(module, batches, list(sites.values()), asked, resamples=recipe.bootstrap, seed=recipe.seed)
+        channels = [site_of(mlp, mlp.num_channels) for mlp in mlps if set(asked) & set(OF_CHANNELS)]
+        if channels and (odd := not_by_token(module, batches[0], channels)):
+            no_channels = f"{odd} of {loaded.name} is not given one row for each token, so that no loss tells of it"
+            log.info(f"channels of MLPs get no values from the loss: {no_channels}")
+            channels = []
+        found = damages(
+            module,
+            batches,
+            list(sites.values()),
+            asked,
+            channels=channels,
+            resamples=recipe.bootstrap,
+            seed=recipe.seed,
+        )
         told = list(scored)
         for place, index in enumerate(sites):
-            values, resampled = ({name: parts[place] for name, parts in of.items()} for of in found)
+            values, resampled = (
+                {name: parts[place] for name, parts in of.items()} for of in (found.values, found.resampled)
+            )
             told[index] = replace(
                 told[index],
                 values={**told[index].values, **values},
                 resampled={**told[index].resampled, **resampled},
             )
         scored = tuple(told)
-    told_of = ([layer.first_key_mass, layer.output_norm, *layer.values.values()] for layer in scored)
-    if not all(bool(torch.isfinite(torch.cat(told)).all()) for told in told_of):
-        raise ModelError(f"the attention of {loaded.name} is not finite; its weights are broken")
+        of_channels = [{name: parts[place] for name, parts in found.channels.items()} for place in range(len(mlps))]
+    mlps_scored = tuple(
+        MLPScores(output_norms(loaded.model, mlp), values) for mlp, values in zip(mlps, of_channels, strict=True)
+    )
+    _check_finite(
+        f"the attention of {loaded.name}",
+        [[layer.first_key_mass, layer.output_norm, *layer.values.values()] for layer in scored],
+    )
+    _check_finite(f"an MLP of {loaded.name}", [[mlp.output_norm, *mlp.values.values()] for mlp in mlps_scored])
     saturated = [index for index, layer in enumerate(scored) if is_saturated(layer)]
     if saturated:
         observations = scored[saturated[0]].observations
@@ -95,6 +121,7 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
             }
             for layer in layers
         ],
+        "mlps": [{"name": mlp.name, "channels": mlp.num_channels, "projection": mlp.down_projection} for mlp in mlps],
         "data": windows.facts(),
         "settings": {
             "symbol": recipe.symbol,
@@ -120,10 +147,29 @@ def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
         "seed": recipe.seed,
         "versions": versions(),
     }
+    if no_channels is not None:
+        facts["no_channels"] = no_channels
     if stop is not None:
         facts["stability"] = stop.record()
         _log_stability(stop, windows.documents)
-    return Scores(scored, facts)
+    return Scores(scored, facts, mlps_scored)
+
+
+def _mlps_of(loaded: LoadedModel, recipe: Recipe) -> tuple[tuple[MLPLayer, ...], str | None]:
+    """The MLPs to look at, none where nothing asks for them; and why there are none, where something does."""
+    asking = {recipe.criterion, *(recipe.values or ())}
+    if not any(entry.name in asking for entry in criteria() if entry.channels is not None):
+        return (), None
+    try:
+        return mlp_layers(loaded.model), None
+    except ModelError as error:
+        log.info(f"heads alone are scored: {error}")
+        return (), str(error)
+
+
+def _check_finite(what: str, scored: Sequence[Sequence[torch.Tensor]]) -> None:
+    if not all(bool(torch.isfinite(torch.cat(list(told))).all()) for told in scored):
+        raise ModelError(f"{what} is not finite; its weights are broken")
 
 
 def analysis_of(recipe: Recipe) -> Analysis:

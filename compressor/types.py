@@ -45,7 +45,7 @@ class MLPScores:
 class Scores:
     """The outcome of a scoring run: one `LayerScores` per attention layer, and the facts that identify the run.
 
-    `mlps` has one `MLPScores` per MLP, where the run looked at them.
+    `mlps` has one `MLPScores` per MLP, where the run looked at them; if an MLP has a value, all have it.
     """
 
     layers: tuple[LayerScores, ...]

@@ -24,6 +24,7 @@ def print_scores(console: Console, result: ScoreRun) -> None:
     if any(rises):
         say(console, "loss-game: rise of the loss without each head, in thousandths of a nat per token")
         console.print(_head_table(rises, "rise"))
+    _print_channels(console, result.document["mlps"])
     console.print(_trust_table(layers))
     for layer in layers:
         for order, found in layer["dividends"].items():
@@ -83,6 +84,25 @@ def _head_table(values: list[list[float]], name: str) -> Table:
             cells += [Text(f"{layer[head]:.2f}") for head in (ranked[:1] + ranked[-1:])]
         table.add_row(str(index), *cells)
     return table
+
+
+def _print_channels(console: Console, mlps: list[dict[str, Any]]) -> None:
+    """How the values of channels spread in each MLP, by the first value there is that is a rise of the loss."""
+    known = {name: spread for mlp in mlps for name, spread in mlp["values"].items()}
+    rises = [name for name, spread in known.items() if "negligible" in spread]
+    if not known:
+        return
+    name = "loss-game" if "loss-game" in rises else next(iter(rises or known))
+    unit = ", in nats per token" if rises else ""
+    say(console, f"{name} of the hidden channels of MLPs{unit}")
+    below = [f"below {known[name]['negligible']['below']:g}"] if rises else []
+    table = new_table("MLP", "channels", "least", "median", "most", *below)
+    for mlp in mlps:
+        spread = mlp["values"].get(name)
+        cells = [] if spread is None else [f"{spread[key]:.1e}" for key in ("least", "median", "most")]
+        cells += [f"{spread['negligible']['share']:.0%}"] if spread is not None and below else []
+        table.add_row(str(mlp["mlp"]), f"{mlp['channels']:,}", *cells)
+    console.print(table)
 
 
 def _trust_table(layers: list[dict[str, Any]]) -> Table:

@@ -73,6 +73,27 @@ def linear_at(model: nn.Module, site: Site) -> nn.Module:
     return module
 
 
+def real_rows(inputs: torch.Tensor, axis: int, real: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The rows of what goes into a linear map that belong to real tokens, [tokens, channels].
+
+    Args:
+        inputs: [sequences, tokens, channels], [sequences, channels, tokens], or [sequences · tokens, channels].
+        axis: where the channels lie.
+        real: [real tokens] where the real ones are, in the flattened batch.
+        tokens: in the batch, padding included.
+
+    Raises:
+        ModelError: the rows are not the tokens.
+    """
+    rows = inputs.movedim(axis, -1).flatten(0, -2)
+    if len(rows) != tokens:
+        raise ModelError(
+            f"a layer works on {len(rows)} rows where the text has {tokens} tokens: what belongs to which token cannot "
+            "be told; use a criterion that does not look at them, such as magnitude, and --no-repair"
+        )
+    return rows[real]
+
+
 class _Scale:
     """A forward pre-hook that multiplies the channels of the first argument by their unit's gate."""
 

@@ -11,33 +11,11 @@ from torch import nn
 
 from compressor.attention.linear import channel_axis, side
 from compressor.console import track
-from compressor.damage.gates import Site, linear_at
+from compressor.damage.gates import Site, linear_at, real_rows
 from compressor.damage.slopes import moved
-from compressor.errors import ModelError
 from compressor.measure._forward import evaluating
 from compressor.measure.sums import float64_device
 from compressor.module import Batch, LanguageModel
-
-
-def real_rows(inputs: torch.Tensor, axis: int, real: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The rows of what goes into a linear map that belong to real tokens, [tokens, channels].
-
-    Args:
-        inputs: [sequences, tokens, channels], [sequences, channels, tokens], or [sequences · tokens, channels].
-        axis: where the channels lie.
-        real: [real tokens] where the real ones are, in the flattened batch.
-        tokens: in the batch, padding included.
-
-    Raises:
-        ModelError: the rows are not the tokens.
-    """
-    rows = inputs.movedim(axis, -1).flatten(0, -2)
-    if len(rows) != tokens:
-        raise ModelError(
-            f"a layer works on {len(rows)} rows where the text has {tokens} tokens: what belongs to which token cannot "
-            "be told; use a criterion that does not look at them, such as magnitude, and --no-repair"
-        )
-    return rows[real]
 
 
 def unit_moments(
@@ -60,13 +38,14 @@ def unit_moments(
 
     def watch(place: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         weights, entries = _weights(maps[place]), sites[place].entries
+        alone = all(len(own) == 1 for own in entries)  # of a channel, the weights' norm says it all
 
         def hook(part: nn.Module, args: tuple[Any, ...]) -> None:
             rows = real_rows(args[0], channel_axis(part), real, tokens)
             counts[place] += len(rows)  # again for every use
             wide = rows.to(home).double()
             sums[place] += torch.stack([wide.sum(0), wide.square().sum(0)])
-            if all(len(own) == 1 for own in entries):  # of a channel, the weights' norm says it all
+            if alone:
                 return
             for unit, own in enumerate(entries):
                 acts[place][unit] += (rows[:, own] @ weights[own]).to(home).double().square().sum()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compressor.console import track
+from compressor.damage.channels import ChannelSlopes, ChannelSums
 from compressor.damage.gates import Site, gated
 from compressor.measure._forward import evaluating
 from compressor.module import Batch, LanguageModel
@@ -22,17 +23,23 @@ class Slopes:
     `slope` [windows, units] is the derivative of a window's loss, in nats summed over its predicted tokens, along the
     removal of each unit, at the point `removed` [windows, units]: 0 where a unit is whole, 1 where it is gone. Units
     follow one another layer by layer. `tokens` [windows] is the number of predicted tokens, `documents` [windows] the
-    document that a window is of.
+    document that a window is of. `channels` has the sums of the same pass over channels of MLPs, site by site.
     """
 
     slope: torch.Tensor
     removed: torch.Tensor
     tokens: torch.Tensor
     documents: torch.Tensor
+    channels: tuple[ChannelSums, ...] = ()
 
 
 def slopes(
-    module: LanguageModel, batches: Sequence[Batch], sites: Sequence[Site], share: float = 0.0, seed: int = 0
+    module: LanguageModel,
+    batches: Sequence[Batch],
+    sites: Sequence[Site],
+    share: float = 0.0,
+    seed: int = 0,
+    channels: Sequence[Site] = (),
 ) -> Slopes:
     """One forward and one backward pass over every batch.
 
@@ -42,26 +49,29 @@ def slopes(
         sites: where the units are.
         share: of the units, drawn anew for every window, that are partly removed, by a uniform amount.
         seed: of the draws.
+        channels: where MLPs take in their hidden channels, which are watched in passing and never gated.
     """
     generator = torch.Generator().manual_seed(seed)
     widths = [site.units for site in sites]
     found: list[tuple[torch.Tensor, ...]] = []
     device = module.model.device
+    watch = ChannelSlopes(module.model, channels)
     with evaluating(module), _frozen(module), track("slopes of the loss", len(batches)) as done:
         for batch in batches:
             shape = (len(batch["input_ids"]), sum(widths))
             drawn = torch.rand(shape, generator=generator) < share
             removed = torch.rand(shape, generator=generator) * drawn
             gates = [(1 - part).to(device).requires_grad_() for part in torch.split(removed, widths, dim=1)]
-            with gated(module.model, sites, gates):
+            with gated(module.model, sites, gates), watch.watching(batch) as leaves:
                 losses, predicted = module.losses(moved(batch, device))
-                gradients = torch.autograd.grad(losses.sum(), gates)
-            slope = -torch.cat(gradients, dim=1).cpu().double()
+                # What no loss depends on has slope zero.
+                gradients = torch.autograd.grad(losses.sum(), [*gates, *leaves], materialize_grads=True)
+            slope = -torch.cat(gradients[: len(gates)], dim=1).cpu().double()
             found.append((slope, removed.double(), predicted.cpu().double(), batch["places"][:, 0].cpu()))
             done()
     slope, away, tokens, documents = (torch.cat(parts) for parts in zip(*found, strict=True))
     told = tokens > 0  # a window of one token predicts nothing
-    return Slopes(slope[told], away[told], tokens[told], documents[told])
+    return Slopes(slope[told], away[told], tokens[told], documents[told], watch.sums())
 
 
 def ablations(module: LanguageModel, batches: Sequence[Batch], sites: Sequence[Site]) -> torch.Tensor:

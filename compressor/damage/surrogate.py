@@ -29,6 +29,25 @@ def second_moment(found: Slopes) -> torch.Tensor:
     return found.slope.square().sum(0) / found.tokens.sum()
 
 
+def channel_first_order(found: Slopes) -> list[torch.Tensor]:
+    """What `first_order` is for heads, by site of channels: mean slope of the loss per predicted token, [channels]."""
+    return [-sums.total / found.tokens.sum() for sums in found.channels]
+
+
+def channel_second_moment(found: Slopes) -> list[torch.Tensor]:
+    """What `second_moment` is for heads, by site of channels, [channels]."""
+    return [sums.windows / found.tokens.sum() for sums in found.channels]
+
+
+def channel_curvature(found: Slopes) -> list[torch.Tensor]:
+    """The rise of the loss that its curvature promises when a channel leaves, in nats per predicted token, [channels].
+
+    Half the mean square of slopes along the channel's gate: the Fisher information of that gate, with tokens taken one
+    by one. At a minimum of the loss it is the second derivative, and the slope itself adds nothing.
+    """
+    return [sums.tokens / 2 / found.tokens.sum() for sums in found.channels]
+
+
 def loss_game(found: Slopes) -> Worth:
     """What each unit adds in the game whose value is −loss, averaged over the coalitions that were drawn.
 

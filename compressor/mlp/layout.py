@@ -66,6 +66,12 @@ def dissecting(model: PreTrainedModel) -> Iterator[list[tuple[Site, MLPLayer]]]:
         yield found
 
 
+def output_norms(model: PreTrainedModel, layer: MLPLayer) -> torch.Tensor:
+    """L2 norm of each channel's slice of the down projection, float64 [channels] on the CPU."""
+    weight = model.get_submodule(layer.down_projection).get_parameter("weight").detach().cpu().double()
+    return weight.movedim(layer.slices[0].dim, 0).flatten(1).square().sum(1).sqrt()
+
+
 def _container(model: nn.Module, place: Place) -> str | None:
     """The innermost list or dictionary of modules that holds a down projection."""
     name = place.down.stack[0].name

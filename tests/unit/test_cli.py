@@ -681,13 +681,19 @@ def test_json_is_one_document_and_says_what_the_files_say(
 
     def assert_score(document: dict[str, Any], folder: Path) -> None:
         facts = json.loads((folder / "scores.json").read_text())
-        assert facts == {**document["facts"], "schema_version": 3, "num_layers": len(document["layers"])}
+        assert facts == {**document["facts"], "schema_version": 4, "num_layers": len(document["layers"])}
         tensors = load_file(folder / "scores.safetensors")
         for index, layer in enumerate(document["layers"]):
             assert layer["layer"] == index
             for field in ("phi", "entropy", "first_key_mass", "output_norm"):
                 assert torch.equal(torch.tensor(layer[field], dtype=torch.float64), tensors[f"layers.{index}.{field}"])
             assert layer["observations"] == int(tensors[f"layers.{index}.observations"])
+        for index, mlp in enumerate(document["mlps"]):
+            norms = tensors[f"mlps.{index}.output_norm"]
+            assert (mlp["mlp"], mlp["channels"]) == (index, len(norms))
+            assert mlp["output_norm"]["most"] == float(norms.max())
+            assert mlp["values"]["loss-game"]["least"] == float(tensors[f"mlps.{index}.values.loss-game"].min())
+        assert len(document["mlps"]) == 2
         triples = tensors["layers.0.dividends.3"]
         told = document["layers"][0]["dividends"]["3"]
         assert (told["count"], told["negative"]) == (4, int((triples < 0).sum()))

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compressor.criteria import criteria, criterion, random_scores, register
+from compressor.criteria import criteria, criterion, random_channel_scores, random_scores, register
 from compressor.criteria import registry as registry_module
 from compressor.errors import RecipeError
-from compressor.types import LayerScores, Scores, UnitScores
+from compressor.types import LayerScores, MLPScores, Scores, UnitScores
 
 # Which a scoring run computes only when asked, in the order of their made-up values.
 ASKED = ["eta", "marginal", "shapley", "third-order"]
@@ -25,6 +25,14 @@ def layer(phi: list[float], entropy: list[float], mass: list[float], norm: list[
     return LayerScores(vector(phi), vector(entropy), pairs, pairs, vector(mass), vector(norm), 10, values=values)
 
 
+OF_CHANNELS = ["loss-game", "taylor", "fisher", "activation", "fluctuation"]
+
+
+def mlp(norms: list[float]) -> MLPScores:
+    vector = torch.tensor(norms, dtype=torch.float64)
+    return MLPScores(vector, {name: vector * 10 + place for place, name in enumerate(OF_CHANNELS) if norms})
+
+
 SCORES = Scores(
     (
         layer([3.0, 1.5, 2.0], [0.5, 0.25, 1.0], [0.75, 0.0, 1.0], [7.0, 8.0, 9.0]),
@@ -32,6 +40,7 @@ SCORES = Scores(
         layer([4.0], [2.0], [0.5], [6.0]),
     ),
     {},
+    (mlp([0.5, 0.25]), mlp([]), mlp([3.0, 1.0, 2.0])),
 )
 
 
@@ -116,6 +125,76 @@ def test_random_is_uniform_over_heads():
 def test_random_layers_differ_from_each_other():
     first, second = random_scores([5, 5], 0).values
     assert first != second
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("magnitude", ((0.5, 0.25), (), (3.0, 1.0, 2.0))),
+        ("loss-game", ((5.0, 2.5), (), (30.0, 10.0, 20.0))),
+        ("taylor", ((6.0, 3.5), (), (31.0, 11.0, 21.0))),
+        ("fisher", ((7.0, 4.5), (), (32.0, 12.0, 22.0))),
+        ("activation", ((8.0, 5.5), (), (33.0, 13.0, 23.0))),
+        ("fluctuation", ((9.0, 6.5), (), (34.0, 14.0, 24.0))),
+    ],
+)
+def test_values_of_channels(name, values):
+    assert criterion(name).answers_channels(SCORES)
+    assert criterion(name).channel_scores(SCORES) == UnitScores(name, values)
+
+
+def test_who_speaks_of_channels_and_who_in_nats():
+    able = {"magnitude", "random", *OF_CHANNELS}
+    assert {entry.name for entry in criteria() if entry.channels is not None} == able
+    assert {entry.name for entry in criteria() if entry.in_loss} == {"loss-game", "taylor", "fisher", "loo"}
+    for entry in criteria():
+        assert entry.answers_channels(SCORES) == (entry.name in able)
+        if entry.name not in able:
+            with pytest.raises(RecipeError, match=f"^{entry.name} says nothing of channels") as caught:
+                entry.channel_scores(SCORES)
+            message = str(caught.value)
+            assert "--structures heads" in message
+            assert all(name in message for name in able)
+            assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["magnitude", "random", *OF_CHANNELS])
+def test_channels_that_were_not_looked_at_are_not_answered_for(name):
+    """Not even where one MLP of many has no values."""
+    entry = criterion(name)
+    again = f"--criterion {name}" if name in ("magnitude", "random") else f"--values {name}"
+    cases = [replace(SCORES, mlps=())]
+    if name in OF_CHANNELS:
+        cases.append(replace(SCORES, mlps=(SCORES.mlps[0], replace(SCORES.mlps[2], values={}))))
+    for scores in cases:
+        assert not entry.answers_channels(scores)
+        with pytest.raises(RecipeError, match=f"the scores hold no .*of.*; score again with {again}$") as caught:
+            entry.channel_scores(scores)
+        assert "\n" not in str(caught.value)
+        known = replace(scores, facts={"no_channels": "its MLPs are experts"})
+        with pytest.raises(RecipeError, match=r"; its MLPs are experts; give --structures heads$"):
+            entry.channel_scores(known)
+
+
+def test_random_channels_are_drawn_apart_from_heads():
+    draws = [criterion("random").channel_scores(SCORES, seed) for seed in range(20)]
+    assert draws == [criterion("random").channel_scores(SCORES, seed) for seed in range(20)]
+    assert len({draw.values for draw in draws}) == 20
+    assert draws[3] == random_channel_scores([2, 0, 3], 3)
+    assert all(type(value) is float and 0 <= value < 1 for draw in draws for row in draw.values for value in row)
+    everything = [value for seed in range(50) for value in random_scores([50], seed).values[0]]
+    others = [value for seed in range(50) for value in random_channel_scores([50], seed).values[0]]
+    assert not set(everything) & set(others)
+    assert abs(float(torch.corrcoef(torch.tensor([everything, others]))[0, 1])) < 0.1
+
+
+def test_a_criterion_of_ones_own_may_speak_of_channels():
+    @register("mine", "for this test", cost="nothing", channels=lambda scores, seed: [[float(seed)]])
+    def mine(scores: Scores, seed: int) -> list[list[float]]:
+        return [[0.0] * len(entry.phi) for entry in scores.layers]
+
+    assert criterion("mine").channel_scores(SCORES, 4).values == ((4.0,),)
+    assert not criterion("mine").in_loss
 
 
 def test_a_name_is_taken_once():
