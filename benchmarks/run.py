@@ -1,11 +1,13 @@
 """The benchmarks of record: one JSON per suite and model in benchmarks/results/, with machine, versions and settings.
 
     python benchmarks/run.py quality NAME --model DIR --data CALIBRATION --eval-data HELD_OUT
+    python benchmarks/run.py quality NAME-groups --model DIR --data CALIBRATION --unit query --ratio 0.25
     python benchmarks/run.py speed NAME --model DIR --data CALIBRATION
     python benchmarks/run.py speed gpt2-shape
 
 `quality` removes a fifth of the heads by every criterion and at random, of every layer or model-wide, and measures
-perplexity on the same held-out documents, as cut and repaired, and costs. `speed` times the dense model against φ's
+perplexity on the same held-out documents, as cut and repaired, and costs; Torch-Pruning's choice is another row where
+that package is installed. `speed` times the dense model against φ's
 pruned ones, interleaved; without `--model` it does so on a model of GPT-2 small's shape with random weights, heads
 chosen by magnitude: a time does not depend on which heads go.
 `python benchmarks/tables.py` turns the JSON into the tables of the documentation.
@@ -16,30 +18,37 @@ from __future__ import annotations
 import argparse
 import copy
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch_pruner
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from compressor import comparison
 from compressor.attention import attention_layers, prune_heads
 from compressor.attention.layout import output_norms
-from compressor.budget import allocate
+from compressor.budget import UNITS, allocate
 from compressor.config import Recipe
 from compressor.console import log, show_logs
 from compressor.criteria import criteria, criterion, random_scores
+from compressor.data import TextDataModule
 from compressor.environment import machine, versions
 from compressor.files import to_json
 from compressor.loading import LoadedModel, load_model
 from compressor.measure.costs import measure_costs
+from compressor.module import LanguageModel
 from compressor.preparation import data_for
 from compressor.scoring import score_model
+from compressor.trainer import run_perplexity
 from compressor.types import PruningPlan, Scores, UnitScores
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.05, 0.1, 0.2)
 SCOPES = ("layer", "global")
+REFERENCE = "loss-game"  # what every other criterion is compared with, document by document
 
 
 def quality(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,37 +68,57 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     data = data_for(dense, recipe)
     calibration = list(data.loss_dataloader())
     log.info(data.describe()[1])
-    rows, summaries = [], {}
+    rows: list[dict[str, Any]] = []
+    summaries: dict[str, Any] = {}
+    groups = [layer["groups"] for layer in scores.facts["layers"]]
+    choose = partial(allocate, ratio=args.ratio, unit=args.unit, groups=groups)
     for scope in SCOPES:
         plans: dict[str, PruningPlan] = {}
         for rival in criteria():
             if rival.name != "random":
-                plans[rival.name] = allocate(rival(scores), args.ratio, scope)
+                plans[rival.name] = choose(rival(scores), scope=scope)
         for seed in range(args.random_seeds):
             draw = random_scores([len(layer.phi) for layer in scores.layers], seed)
-            plans[f"random (seed {seed})"] = allocate(draw, args.ratio, scope, seed=seed)
+            plans[f"random (seed {seed})"] = choose(draw, scope=scope, seed=seed)
+        others = torch_pruner.cuts(dense, calibration, args.ratio, scope) if args.unit == "head" else {}
+        plans |= {name: cut.plan for name, cut in others.items()}
+        notes = {name: _own(name, cut, dense, data) for name, cut in others.items()}
         for repaired in (False, True):
-            found = comparison.measure_quality(dense, plans, data, calibration=calibration if repaired else None)
-            summaries[f"{scope}{' repaired' if repaired else ''}"] = comparison.summarise(found)
-            rows += [
-                {**row, "repaired": repaired, "plan": plans[row["name"]].to_dict() if row["name"] in plans else None}
-                for row in found
-            ]
+            found, losses = comparison.measure_quality(
+                dense, plans, data, calibration=calibration if repaired else None, seed=recipe.seed
+            )
+            column = f"{scope}{' repaired' if repaired else ''}"
+            summaries[column] = comparison.summarise(found, losses, REFERENCE, recipe.seed)
+            for row in found:
+                plan = plans[row["name"]].to_dict() if row["name"] in plans else None
+                rows.append({**row, **notes.get(row["name"], {}), "repaired": repaired, "plan": plan})
     return {
         "suite": "quality",
         "rows": rows,
         "summaries": summaries,
         "rank_correlation_with_loo": _ranks(scores),
-        "costs_per_example": {rival.name: rival.cost for rival in criteria()},
+        "costs_per_example": {
+            **{rival.name: rival.cost for rival in criteria()},
+            **{name: cost for name, (_, cost) in torch_pruner.IMPORTANCES.items()},
+        },
         "calibration": _text(data.calibration),
         "evaluation": _text(data.evaluation),
         "settings": {
             "symbol": recipe.symbol,
             "ratio": args.ratio,
+            "unit": args.unit,
+            "reference": REFERENCE,
             "seed": recipe.seed,
             "dtype": str(dense.model.dtype),
         },
     }
+
+
+def _own(name: str, cut: torch_pruner.Cut, dense: LoadedModel, data: TextDataModule) -> dict[str, Any]:
+    """What was done for a row of another toolkit's, and the perplexity of the very model that it cut."""
+    module = LanguageModel(cut.model, dense.task)
+    own = run_perplexity(module, data, dense.model.device, f"perplexity of {name}, as it cuts").perplexity
+    return {"own_perplexity": own, "how": torch_pruner.HOW, "version": version("torch-pruning")}
 
 
 def _ranks(scores: Scores) -> dict[str, float]:
@@ -161,6 +190,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=0, help="calibration documents, 0 for all")
     parser.add_argument("--eval-samples", type=int, default=0, help="evaluation documents, 0 for all")
     parser.add_argument("--ratio", type=float, default=0.2, help="share of heads that quality removes")
+    parser.add_argument("--unit", choices=UNITS, default="head", help="what leaves at one time in quality")
     parser.add_argument("--random-seeds", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=8)

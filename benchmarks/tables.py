@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from compressor import assets
+from compressor.paired import undecided
 from compressor.support import lines, summary
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "MODELS.md")
+RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -34,10 +36,11 @@ def quality_table(document: dict[str, Any]) -> str:
     dense = document["rows"][0]
     cells: dict[str, list[tuple[float, str]]] = {}
     for column in columns:
+        differences = columns[column].get("differences")
         for row in _column(document, column):
             if row["kind"] == "rival":
-                change = row["perplexity_change"]
-                cells.setdefault(row["name"], []).append((change, f"{change:+.1%}"))
+                change, mark = row["perplexity_change"], _undecided(differences, row["name"])
+                cells.setdefault(row["name"], []).append((change, f"{change:+.1%}{mark}"))
         random = columns[column]["random"]
         mean, sd = random["mean"] / dense["perplexity"] - 1, random["sd"] / dense["perplexity"]
         cells.setdefault("random", []).append((mean, f"{mean:+.1%} ± {sd:.1%}"))
@@ -46,11 +49,12 @@ def quality_table(document: dict[str, Any]) -> str:
     lines.append(_line(*["---"] * (len(columns) + 3)))
     for name, found in sorted(cells.items(), key=lambda entry: entry[1][-1][0]):
         marked = [f"**{text}**" if value == low else text for (value, text), low in zip(found, best, strict=True)]
-        rank = f"{document['rank_correlation_with_loo'][name]:+.2f}" if name not in ("random", "loo") else ""
+        known = document["rank_correlation_with_loo"].get(name) if name not in ("random", "loo") else None
+        rank = "" if known is None else f"{known:+.2f}"
         lines.append(_line(f"`{name}`", document["costs_per_example"][name], *marked, rank))
     data, calibration = document["evaluation"], document["calibration"]
-    told = []
-    for scope, where in (("layer", "as many of every layer"), ("global", "model-wide")):
+    told, portion = [], PORTIONS[document["settings"].get("unit", "head")]
+    for scope, where in (("layer", f"as many of every layer{portion}"), ("global", f"model-wide{portion}")):
         gone = _column(document, scope)[0]
         saved = f"{_saved(gone, dense, 'attention')} of the FLOPs of attention, {_saved(gone, dense, 'total')} of all"
         told.append(f"{gone['plan']['removed_heads']} of {gone['plan']['total_heads']} heads {where} ({saved})")
@@ -61,7 +65,93 @@ def quality_table(document: dict[str, Any]) -> str:
         f"{calibration['documents']:,} documents of {calibration['name']}; random: mean ± standard deviation of "
         f"{draws} draws. FLOPs of one sequence of {dense['costs']['length']} tokens, by the first criterion."
     )
+    return "\n".join([*lines, "", caption + _others(document) + _how_sure(columns)])
+
+
+PORTIONS = {"head": "", "query": ", as many of every group", "group": ", in whole groups"}
+
+
+def _undecided(differences: dict[str, Any] | None, name: str) -> str:
+    """A mark where the interval of the reference's perplexity over this one's contains no change."""
+    against = differences["against"] if differences else {}
+    return " ≈" if name in against and undecided(against[name]) else ""
+
+
+def _others(document: dict[str, Any]) -> str:
+    """Where rows of another toolkit's come from, and whether the models that it cut itself are the same ones."""
+    rows = [row for row in document["rows"] if "own_perplexity" in row and not row["repaired"]]
+    if not rows:
+        return ""
+    apart = max(abs(row["perplexity"] / row["own_perplexity"] - 1) for row in rows)
+    return (
+        f" `torch-pruning`: heads by the importance and the pruner of version {rows[0]['version']}, removed and "
+        f"repaired here; the models that it cut itself have these perplexities up to {apart:.0e}."
+    )
+
+
+def _how_sure(columns: dict[str, Any]) -> str:
+    """What the mark means, and who beats all random draws; nothing for results that compare nothing."""
+    if not all(found.get("differences") for found in columns.values()):
+        return ""
+    reference = columns["layer"]["differences"]["reference"]
+    winners = []
+    for column, found in columns.items():
+        names = ", ".join(f"`{name}`" for name in sorted(found["random"]["best_draw_beaten_by"])) or "nobody"
+        winners.append(f"{column}: {names}")
+    return (
+        f" ≈: not told apart from `{reference}`, for the 95 % interval of the difference over documents drawn anew "
+        f"contains 0. Better than random's best draw are, {'; '.join(winners)}."
+    )
+
+
+def sensitivity_table(document: dict[str, Any]) -> str:
+    """Rise of perplexity by calibration text; over seeds the mean with the range, else a 95 % interval."""
+    dense, *rows = document["rows"]
+    whole = {row["scope"]: row for row in rows if row["role"] == "whole"}
+    notes = {"size": "", "whole": ", all", "trained on": ", of the model's training", "other": ""}
+    lines = [_line("calibrated and repaired on", "documents", "tokens", "layer", "same heads", "global", "same heads")]
+    lines.append(_line(*["---"] * 7))
+    texts = dict.fromkeys((row["role"], row["text"]["name"], row["text"]["documents"]) for row in rows)
+    for role, name, documents in texts:
+        cells, tokens = [], []
+        for scope in ("layer", "global"):
+            own = [
+                row
+                for row in rows
+                if (row["scope"], row["role"], row["text"]["name"], row["text"]["documents"])
+                == (scope, role, name, documents)
+            ]
+            against = document["differences"][scope]["against"]
+            near = role != "whole" and all(undecided(against[row["name"]]) for row in own)
+            shared = [_shared(row["plan"], whole[scope]["plan"]) for row in own]
+            cells += [_rise(own) + (" ≈" if near else ""), f"{sum(shared) / len(shared):.3g}"]
+            tokens = [row["text"]["tokens"] for row in own]
+        counted = f"{sum(tokens) / len(tokens):,.0f}"
+        lines.append(_line(f"{name}{notes[role]}", f"{documents:,}", counted, *cells))
+    evaluation, settings = document["evaluation"], document["settings"]
+    gone = {scope: f"{row['plan']['removed_heads']} of {row['plan']['total_heads']}" for scope, row in whole.items()}
+    caption = (
+        f"{document['model']} without {gone['layer']} heads as many of every layer, or {gone['global']} model-wide, by "
+        f"`{settings['criterion']}`, and repaired: rise of the perplexity on the same {evaluation['documents']:,} "
+        f"documents of {evaluation['name']} ({evaluation['tokens']:,} tokens), dense {dense['perplexity']:.3f}. In "
+        f"brackets a 95 % interval over evaluation documents drawn anew; of smaller sizes the mean of "
+        f"{settings['seeds']} draws of documents, with the least and the greatest. Same heads: how many of those that "
+        "leave by all of the text leave here too, on average. ≈: no draw is told apart from all of the text."
+    )
     return "\n".join([*lines, "", caption])
+
+
+def _rise(rows: list[dict[str, Any]]) -> str:
+    changes = [row["perplexity_change"] for row in rows]
+    if len(rows) > 1:
+        return f"{sum(changes) / len(changes):+.1%} ({min(changes):+.1%} to {max(changes):+.1%})"
+    found = rows[0]["perplexity_change_interval"]
+    return f"{changes[0]:+.1%} [{found['low']:+.1%}, {found['high']:+.1%}]"
+
+
+def _shared(plan: dict[str, Any], other: dict[str, Any]) -> int:
+    """Heads that leave by both plans."""
+    return sum(len(set(heads) & set(other["heads"].get(layer, ()))) for layer, heads in plan["heads"].items())
 
 
 def _column(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -162,6 +252,7 @@ TABLES = {
     "models": models_table,
     "scoring": scoring_table,
     "game": game_table,
+    "sensitivity": sensitivity_table,
 }
 
 
@@ -181,7 +272,9 @@ def filled(text: str) -> str:
     """A document with every table made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        path = assets.MODELS if match[2] == "models" else ROOT / "benchmarks" / "results" / f"{match[2]}.json"
+        path = assets.MODELS if match[2] == "models" else RESULTS / f"{match[2]}.json"
+        if not path.is_file():
+            return f"{match[1]}Not run yet.\n{match[3]}"
         result = json.loads(path.read_text(encoding="utf-8"))
         return f"{match[1]}{table(result)}\n{match[3]}"
 

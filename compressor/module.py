@@ -22,7 +22,8 @@ class LanguageModel(L.LightningModule):
     labels are aligned with the inputs, and −100 where nothing is predicted.
 
     - `predict_step` runs the backbone without the language-model head: callbacks look at its attention.
-    - `test_step` feeds `perplexity` (masked models: pseudo-perplexity over the masked tokens).
+    - `test_step` feeds `perplexity` (masked models: pseudo-perplexity over the masked tokens), document by document
+      where the batch has `places`.
     - `training_step` is the mean cross-entropy per predicted token, in nats.
     """
 
@@ -58,7 +59,8 @@ class LanguageModel(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Count the batch into `perplexity`."""
-        self.perplexity.update(*self.aligned(batch))
+        documents = batch["places"][:, 0] if "places" in batch else None
+        self.perplexity.update(*self.aligned(batch), documents)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean cross-entropy of the predicted tokens, in nats."""

@@ -73,9 +73,11 @@ def reproduce(name: str, scores: Scores, dense: LoadedModel, recipe: Recipe) -> 
     draws = range(recipe.seed, recipe.seed + recipe.random_seeds)
     heads = ours.units_per_layer
     drawn = {f"random (seed {seed})": choose(random_scores(heads, seed), RATIOS[-1], seed=seed) for seed in draws}
-    rows = measure_quality(dense, {**plans, **drawn}, data)
+    rows, losses = measure_quality(dense, {**plans, **drawn}, data, seed=recipe.seed)
     speed = _speed(dense, plans[f"{recipe.criterion} {RATIOS[-1]:.0%}"], recipe)
-    document = {"paper": name, "model": dense.name, "rows": rows, **summarise(rows), "speed": speed}
+    reference = f"{recipe.criterion} {RATIOS[-1]:.0%}"
+    summary = summarise(rows, losses, reference, recipe.seed)
+    document = {"paper": name, "model": dense.name, "rows": rows, **summary, "speed": speed}
     return document | {"claims": [asdict(claim) for claim in claims(name, scores, document, recipe)]}
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from compressor.callbacks import HeadScoring, Progress, Recovering
 from compressor.data import TextDataModule
 from compressor.errors import ModelError
+from compressor.measure import DocumentLosses
 from compressor.module import LanguageModel
 from compressor.training import Recovery
 
@@ -35,19 +36,21 @@ def run_scoring(module: LanguageModel, data: TextDataModule, scoring: HeadScorin
         _trainer(device, [Progress("scoring"), scoring]).predict(module, datamodule=data, return_predictions=False)
 
 
-def run_perplexity(module: LanguageModel, data: TextDataModule, device: torch.device, description: str) -> float:
-    """Perplexity over the evaluation windows, token-weighted.
+def run_perplexity(
+    module: LanguageModel, data: TextDataModule, device: torch.device, description: str
+) -> DocumentLosses:
+    """What each evaluation document adds to the perplexity over all of them, which is token-weighted.
 
     Raises:
-        ModelError: it is not a finite number.
+        ModelError: the perplexity is not a finite number.
     """
     module.perplexity.reset()
     with _quiet_lightning():
         _trainer(device, [Progress(description)]).test(module, datamodule=data, verbose=False)
-    value = float(module.perplexity.compute())
-    if not math.isfinite(value):
+    losses = module.perplexity.by_document()
+    if not math.isfinite(value := losses.perplexity):
         raise ModelError(f"the {description} is {value}; its weights are broken, or too large for {module.model.dtype}")
-    return value
+    return losses
 
 
 def run_recovery(module: Recovery, batches: DataLoader[Any], recovering: Recovering, device: torch.device) -> None:

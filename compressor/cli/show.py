@@ -168,6 +168,7 @@ def _print_bench(console: Console, result: BenchRun) -> None:
         table.add_row(*_random_quality(document["random"], draws, dense))
     table.caption = f"MACs: multiply-adds of {dense['costs']['length']} tokens, and of attention alone"
     console.print(table)
+    console.print(_interval_table(document))
     console.print(_time_table(document))
     for row in document["rows"]:
         if row["throughput"] is not None:
@@ -192,6 +193,29 @@ def _random_quality(random: dict[str, Any], draws: list[dict[str, Any]], dense: 
     spread = f"{random['mean']:.3f} ± {random['sd']:.3f}"
     change = f"{random['mean'] / base - 1:+.1%}"
     return [f"random × {random['draws']}", str(sum(draws[0]["costs"]["heads"])), spread, change, *changes]
+
+
+def _interval_table(document: dict[str, Any]) -> Table:
+    """How sure the changes of perplexity are, and those of the reference against every other model."""
+    rows = [row for row in document["rows"] if row["kind"] in ("pruned", "rival")]
+    differences = document["differences"]
+    against = differences["against"] if differences else {}
+    named = [differences["reference"]] if against.keys() & {row["name"] for row in rows} else []
+    table = new_table("perplexity", "over dense", *(f"{name} over it" for name in named))
+    for row in rows:
+        change = {"low": None, **(row["perplexity_change_interval"] or {}), "change": row["perplexity_change"]}
+        compared = [_with_interval(against.get(row["name"]))] if named else []
+        table.add_row(row["name"], _with_interval(change), *compared)
+    table.caption = Text(f"in brackets: 95 % intervals, the {document['data']['documents']:,} documents drawn anew")
+    return table
+
+
+def _with_interval(found: dict[str, Any] | None) -> Text:
+    """A relative change like "+3.1% [+2.0%, +4.2%]"; a single document gives no interval."""
+    if found is None:
+        return Text("–")
+    between = "" if found["low"] is None else f" [{found['low']:+.1%}, {found['high']:+.1%}]"
+    return Text(f"{found['change']:+.1%}{between}")
 
 
 def _figures(row: dict[str, Any]) -> tuple[float, float, float]:

@@ -2,10 +2,11 @@
 
 from compressor.measure.flops import FlopCount, count_flops
 from compressor.measure.memory import kv_cache_bytes_per_token, parameter_bytes, parameter_count, peak_memory
-from compressor.measure.perplexity import TokenPerplexity
+from compressor.measure.perplexity import DocumentLosses, TokenPerplexity
 from compressor.measure.throughput import Samples, Throughput, measure_throughput, speedup, throughput_steps
 
 __all__ = [
+    "DocumentLosses",
     "FlopCount",
     "Samples",
     "Throughput",

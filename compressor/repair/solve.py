@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 
 from compressor.attention.linear import channel_axis
-from compressor.damage.gates import Site, linear_at
-from compressor.damage.moments import real_rows
+from compressor.damage.gates import Site, linear_at, real_rows
 from compressor.measure.sums import float64_device
 from compressor.module import Batch
 from compressor.repair.passes import Passes, Point

@@ -1,24 +1,44 @@
-"""The documentation says what the benchmark JSON says, and the JSON says under what conditions."""
+"""The documentation says what the benchmark JSON says, the JSON under what conditions; suites on tiny models."""
 
+import argparse
+import copy
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+
+from compressor.attention import prune_heads
+from compressor.data import TextDataModule
+from compressor.files import to_json
+from compressor.loading import load_model
+from tests.conftest import CONTEXT
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts import their neighbours
+    sys.modules[name] = module  # as dataclasses want it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
     return module
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return script("tables")
 
 
 @pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", "benchmarks/MODELS.md"])
@@ -64,3 +84,117 @@ def test_summaries_follow_from_the_rows(path: Path) -> None:
         variance = sum((value - mean) ** 2 for value in draws) / (len(draws) - 1)
         assert summary["random"]["mean"] == pytest.approx(mean, rel=1e-12)
         assert summary["random"]["sd"] == pytest.approx(variance**0.5, rel=1e-9)
+        for name, count in summary["random"].get("draws_beaten", {}).items():
+            own = next(
+                row["perplexity"]
+                for row in document["rows"]
+                if row["name"] == name and (row["plan"]["scope"], row["repaired"]) == (scope, bool(repaired))
+            )
+            assert count == sum(own * (1 + 1e-6) < draw for draw in draws)
+            assert (name in summary["random"]["best_draw_beaten_by"]) == (own * (1 + 1e-6) < min(draws))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_stay_small(path: Path) -> None:
+    assert path.stat().st_size < 1e6
+
+
+def test_a_table_without_results_says_so(tables: ModuleType) -> None:
+    text = "<!-- table: no-such-result -->\n| 1 |\n<!-- end -->"
+    assert tables.filled(text) == "<!-- table: no-such-result -->\nNot run yet.\n<!-- end -->"
+
+
+# --- suites -----------------------------------------------------------------------------------------------------------
+
+
+COMMON: dict[str, Any] = {"eval_data": None, "samples": 6, "eval_samples": 8, "ratio": 0.3, "device": "cpu"}
+
+
+def test_quality_compares_with_the_reference(
+    tables: ModuleType, models: dict[str, str], texts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = script("run")
+    few = [rival for rival in run.criteria() if rival.name in ("loss-game", "loo", "magnitude", "random")]
+    monkeypatch.setattr(run, "criteria", lambda: few)
+    document = run.quality(argparse.Namespace(**COMMON, model=models["gpt2"], data=texts, unit="head", random_seeds=3))
+    document = json.loads(to_json(document | {"model": "tiny"}))
+    rows = {(row["name"], row["repaired"], (row["plan"] or {}).get("scope")): row for row in document["rows"]}
+    for column, summary in document["summaries"].items():
+        scope, _, repaired = column.partition(" ")
+        differences = summary["differences"]
+        assert differences["reference"] == "loss-game"
+        own = rows["loss-game", bool(repaired), scope]["perplexity"]
+        for name in ("loo", "magnitude", "random (seed 2)"):
+            found, other = differences["against"][name], rows[name, bool(repaired), scope]["perplexity"]
+            assert found["change"] == pytest.approx(own / other - 1, rel=1e-9, abs=1e-12)
+            assert found["low"] <= found["change"] <= found["high"]
+    written = tables.table(document)
+    lines = {line.split("|")[1].strip(" `"): line for line in written.splitlines() if line.startswith("| `")}
+    for name in ("loo", "magnitude"):
+        near = [
+            summary["differences"]["against"][name]["low"] <= 1e-6
+            and summary["differences"]["against"][name]["high"] >= -1e-6
+            for summary in document["summaries"].values()
+        ]
+        assert lines[name].count("≈") == sum(near)
+    assert "≈" not in lines["loss-game"]
+    assert "Better than random's best draw are, layer: " in written
+
+
+def test_sensitivity_sets_sizes_and_texts_side_by_side(tables: ModuleType, models: dict[str, str], texts: str) -> None:
+    suite = script("sensitivity")
+    train, heldout = (str(Path(texts) / f"{split}.jsonl") for split in ("train", "test"))
+    sizes = {"texts": [], "trained_on": train, "trained_samples": 4, "sizes": [3], "seeds": 2}
+    given = argparse.Namespace(**COMMON | sizes | {"model": models["gpt2"], "data": train, "eval_data": heldout})
+    document = json.loads(to_json(suite.sensitivity(given) | {"model": "tiny"}))
+    rows = document["rows"]
+    assert [row.get("role") for row in rows] == [None, *["size"] * 4, *["whole"] * 2, *["trained on"] * 2]
+    assert [row["text"]["documents"] for row in rows[1:5]] == [3] * 4
+    assert rows[1]["text"]["fingerprint"] == rows[2]["text"]["fingerprint"] != rows[3]["text"]["fingerprint"]
+    assert document["evaluation"]["documents"] == 8
+    for scope, differences in document["differences"].items():
+        of = {row["name"]: row["perplexity"] for row in rows if row.get("scope", scope) == scope}
+        assert differences["reference"] in of
+        assert set(differences["against"]) == set(of) - {differences["reference"]}
+        for name, found in differences["against"].items():
+            assert found["change"] == pytest.approx(of[differences["reference"]] / of[name] - 1, abs=1e-12)
+    lines = tables.table(document).splitlines()
+    changes = [row["perplexity_change"] for row in rows if row.get("role") == "size" and row["scope"] == "layer"]
+    assert f"{sum(changes) / 2:+.1%} ({min(changes):+.1%} to {max(changes):+.1%})" in lines[2]
+    assert f"{rows[5]['perplexity_change']:+.1%} [" in lines[3]
+    assert "of the model's training" in lines[4]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_torch_prunings_own_model_is_the_one_without_its_heads(models: dict[str, str], texts: str, scope: str) -> None:
+    pytest.importorskip("torch_pruning")
+    suite = script("torch_pruner")
+    dense = load_model(models["gpt2"], device="cpu")
+    data = TextDataModule(dense.tokenizer, task="causal", data=texts, samples=8, max_length=CONTEXT)
+    data.setup()
+    before = copy.deepcopy(dense.model.state_dict())
+    batch = {"input_ids": torch.arange(3, 33)[None]}
+    for name, cut in suite.cuts(dense, list(data.loss_dataloader()), 0.3, scope).items():
+        removed = {layer: len(heads) for layer, heads in cut.plan.heads.items()}
+        assert sum(removed.values()) == (4 if scope == "layer" else 3)  # of two layers of four heads
+        assert scope == "global" or set(removed.values()) == {2}
+        ours = prune_heads(copy.deepcopy(dense.model), cut.plan.heads, allow_empty=cut.plan.allow_empty)
+        with torch.no_grad():
+            expected, dense_logits, found = (model(**batch).logits for model in (ours, dense.model, cut.model))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, dense_logits, rtol=1e-2, atol=1e-2), name
+    assert all(torch.equal(value, before[name]) for name, value in dense.model.state_dict().items())
+
+
+def test_without_torch_pruning_there_are_no_rows_for_it(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = script("torch_pruner")
+    told: list[str] = []
+    monkeypatch.setattr(suite.log, "info", told.append)
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    assert suite.cuts(load_model(models["gpt2"], device="cpu"), [], 0.2, "layer") == {}
+    monkeypatch.setitem(sys.modules, "torch_pruning", ModuleType("torch_pruning"))
+    assert suite.cuts(load_model(models["llama"], device="cpu"), [], 0.2, "layer") == {}
+    assert told[0] == "torch-pruning is not installed: no rows for it"
+    assert told[1].endswith("not on LlamaForCausalLM")

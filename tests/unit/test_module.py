@@ -160,7 +160,31 @@ def test_a_second_run_starts_from_zero(texts: str, tmp_path: Path) -> None:
 
     used, fresh = (LanguageModel(tiny_model("gpt2"), "causal") for _ in range(2))
     cpu = torch.device("cpu")
-    first = run_perplexity(used, data(texts), cpu, "first")
-    second = run_perplexity(used, data(str(tmp_path / "other.jsonl")), cpu, "second")
+    first = run_perplexity(used, data(texts), cpu, "first").perplexity
+    second = run_perplexity(used, data(str(tmp_path / "other.jsonl")), cpu, "second").perplexity
     assert second != pytest.approx(first, rel=1e-3)
-    assert second == run_perplexity(fresh, data(str(tmp_path / "other.jsonl")), cpu, "fresh")
+    assert second == run_perplexity(fresh, data(str(tmp_path / "other.jsonl")), cpu, "fresh").perplexity
+
+
+@pytest.mark.parametrize(("kind", "task"), [("gpt2", "causal"), ("bert", "masked")])
+def test_documents_of_several_windows_stay_whole(kind: str, task: Task, texts: str) -> None:
+    """Against every window alone, added up by the document it was cut from."""
+    data = TextDataModule(tiny_tokenizer(kind), task=task, data=texts, max_length=9, batch_size=4)
+    data.setup()
+    windows = data.evaluation
+    assert len(windows.input_ids) > windows.documents > 1
+    model = tiny_model(kind)
+    expected, counts = torch.zeros(windows.documents, dtype=torch.float64), torch.zeros(windows.documents).long()
+    for (ids, labels), (document, _) in (
+        data.test_dataloader().dataset[place, 0] for place in range(len(windows.places))
+    ):
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0].double()
+        if task == "causal":
+            logits, labels = logits[:-1], labels[1:]
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+        expected[document] += losses.sum()
+        counts[document] += (labels != -100).sum()
+    found = run_perplexity(LanguageModel(model, task), data, torch.device("cpu"), "perplexity")
+    assert torch.equal(found.tokens, counts)
+    torch.testing.assert_close(found.nll, expected, rtol=1e-5, atol=1e-5)

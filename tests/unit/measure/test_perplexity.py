@@ -75,9 +75,58 @@ def test_batches_and_processes_may_be_cut_anywhere() -> None:
     gathered[id(whole.token_count)] = [whole.token_count, other.token_count]
     nll = whole.nll_sum + other.nll_sum
     tokens = whole.tokens + other.tokens
-    whole.sync(dist_sync_fn=lambda state, group: gathered[id(state)], distributed_available=lambda: True)
+    whole.sync(dist_sync_fn=lambda state, group: gathered.get(id(state), [state]), distributed_available=lambda: True)
     assert whole.tokens == tokens
     assert whole.nll.item() == pytest.approx((nll / tokens).item(), rel=1e-15)
+
+
+def test_documents_are_told_apart_and_stay_whole() -> None:
+    """Whatever the order of their windows and the cut into batches; checked against a sum for each document alone."""
+    logits, labels = batch(sequences=5)
+    documents = torch.tensor([7, 2, 7, 2, 0])
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2).double(), labels, reduction="none")
+    for order in ([0, 1, 2, 3, 4], [4, 2, 3, 0, 1]):
+        metric = TokenPerplexity()
+        for part in (order[:2], order[2:]):
+            metric.update(logits[part], labels[part], documents[part])
+        found = metric.by_document()
+        for place, document in enumerate((0, 2, 7)):
+            own = documents == document
+            assert found.nll[place].item() == pytest.approx(losses[own].sum().item(), rel=1e-6)
+            assert found.tokens[place].item() == int((labels[own] != -100).sum())
+        assert found.perplexity == pytest.approx(metric.compute().item(), rel=1e-12)
+        nn.ModuleList([metric]).to(torch.bfloat16)
+        assert metric.by_document().perplexity == found.perplexity
+
+
+def test_documents_of_two_processes_are_gathered() -> None:
+    logits, labels = batch()
+    parts = [TokenPerplexity(), TokenPerplexity()]
+    parts[0].update(logits[:1], labels[:1], torch.tensor([3]))
+    parts[1].update(logits[1:], labels[1:], torch.tensor([1, 3, 1]))
+    whole = TokenPerplexity()
+    whole.update(logits, labels, torch.tensor([3, 1, 3, 1]))
+    other = parts[1]
+    names = iter(("nll_sum", "token_count", "sequence_nll", "sequence_tokens", "sequence_documents"))  # as added
+
+    def gathered(state: torch.Tensor, group: object) -> list[torch.Tensor]:
+        theirs = getattr(other, next(names))
+        return [state, torch.cat(theirs) if isinstance(theirs, list) else theirs]
+
+    parts[0].sync(dist_sync_fn=gathered, distributed_available=lambda: True)
+    found, expected = parts[0].by_document(), whole.by_document()
+    torch.testing.assert_close(found.nll, expected.nll)
+    assert torch.equal(found.tokens, expected.tokens)
+
+
+def test_refuses_documents_that_nobody_named() -> None:
+    logits, labels = batch()
+    metric = TokenPerplexity()
+    metric.update(logits, labels)
+    with pytest.raises(DataError, match="no token of a known document"):
+        metric.by_document()
+    with pytest.raises(ValueError, match=r"documents \(3,\) for labels \(4, 700\)"):
+        metric.update(logits, labels, torch.arange(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
