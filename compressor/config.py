@@ -54,8 +54,14 @@ class Recipe:
     until_stable: bool = False
     # pruning
     criterion: str = "loss-game"
-    ratio: float = 0.2
-    scope: str = "layer"
+    ratio: float | None = None
+    target_flops: float | None = None
+    target_params: float | None = None
+    target_latency: float | None = None
+    structures: list[str] | None = None
+    align: int = 8
+    deployable: bool = False
+    scope: str | None = None
     unit: str = "head"
     allow_empty: bool = False
     repair: bool = True
@@ -83,8 +89,7 @@ class Recipe:
                 raise RecipeError(f"{field.name} is {value!r}; expected {_kind(hints[field.name])}")
         if self.model == "":
             raise RecipeError("model is ''; expected a model directory, a hub id or 'embedded'")
-        if not 0 < self.ratio < 1:
-            raise RecipeError(f"ratio is {self.ratio:g}; expected a share of heads between 0 and 1, both excluded")
+        self._settle_budget()
         least = {
             "order": 2,
             "bootstrap": 0,
@@ -102,6 +107,7 @@ class Recipe:
             "repeats": 1,
             "prompt_length": 1,
             "new_tokens": 1,
+            "align": 1,
         }
         for name, minimum in least.items():
             value = getattr(self, name)
@@ -125,6 +131,43 @@ class Recipe:
             if value is not None and value not in choices:
                 raise RecipeError(f"{name} is {value!r}{did_you_mean(value, choices)}; expected {' or '.join(choices)}")
 
+    def _settle_budget(self) -> None:
+        """Check what says how much leaves, and fill in what was left open: a ratio, where nothing was said."""
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RecipeError(f"{' and '.join(given)} both say how much is to leave; give one")
+        for name in given:
+            what = "a share of heads" if name == "ratio" else "the share of the dense model's that is to be left,"
+            if not 0 < getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name):g}; expected {what} between 0 and 1, both excluded")
+        if self.deployable and self.scope == "global":
+            raise RecipeError("deployable means as many in every layer, and scope is 'global'; leave out one")
+        if self.until_stable and self.target is not None:
+            raise RecipeError("until_stable watches the heads that a ratio removes; give no target while scoring")
+        for name in self.structures or ():
+            if name not in STRUCTURES:
+                hint = did_you_mean(name, STRUCTURES)
+                raise RecipeError(f"structures names {name!r}{hint}; expected heads, channels or heads,channels")
+        if self.structures is not None and len(set(self.structures)) != (len(self.structures) or -1):
+            raise RecipeError("structures is empty or names one twice; expected heads, channels or heads,channels")
+        settled: dict[str, Any] = {}
+        if not given:
+            settled["ratio"] = DEFAULT_RATIO
+        if self.scope is None:
+            settled["scope"] = "layer" if self.deployable or self.target is None else "global"
+        if self.deployable and self.unit == "head":
+            settled["unit"] = "query"  # the same where no keys are shared
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def target(self) -> tuple[str, float] | None:
+        """(kind, share of the dense model's to be left), the kind "flops", "params" or "latency"; None for a ratio."""
+        for name in BUDGETS[1:]:
+            if (share := getattr(self, name)) is not None:
+                return name.removeprefix("target_"), share
+        return None
+
     @property
     def calibration_data(self) -> str:
         """The `data` spec in force: the embedded model goes with the embedded corpus, any other with GSM8K."""
@@ -135,6 +178,9 @@ class Recipe:
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
 
+BUDGETS = ("ratio", "target_flops", "target_params", "target_latency")
+DEFAULT_RATIO = 0.2
+STRUCTURES = ("heads", "channels")
 CHOICES = {
     "task": ("causal", "masked"),
     "part": ("question", "answer", "both"),
@@ -152,7 +198,10 @@ def resolve(config: str | Path | None, settings: Mapping[str, Any]) -> Recipe:
         RecipeError: an unreadable file, an unknown key, or a value that cannot be used.
     """
     values = dict(_read(Path(config)) if config is not None else {})
-    values.update({name: value for name, value in settings.items() if value is not None})
+    given = {name: value for name, value in settings.items() if value is not None}
+    if given.keys() & set(BUDGETS):
+        values = {name: value for name, value in values.items() if name not in BUDGETS}
+    values.update(given)
     known = [field.name for field in fields(Recipe)]
     for name in values:
         if name not in known:

@@ -9,14 +9,16 @@ from typing import Any
 
 from compressor.artefact import load_scores
 from compressor.attention import attention_layers
-from compressor.budget import allocate
+from compressor.budget import Rule
 from compressor.config import Recipe
-from compressor.criteria import criteria, random_scores
+from compressor.criteria import criteria, random_channel_scores, random_scores
 from compressor.data import TextDataModule
 from compressor.errors import ArtefactError, DataError, RecipeError
 from compressor.export import RECORD
 from compressor.files import is_directory, read_json
 from compressor.loading import LoadedModel
+from compressor.measure.latency import LatencyTable
+from compressor.planning import channel_scores, chooser, pricing_of
 from compressor.runs import CHECKPOINT
 from compressor.types import PruningPlan, Scores
 
@@ -86,10 +88,10 @@ def check_unseen(name: str, record: dict[str, Any], data: TextDataModule) -> Non
 
 
 def rule_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides how many heads go, and whether the rest was repaired: such models can be ranked with each other."""
+    """What decides how much goes, and whether the rest was repaired: such models can be ranked with each other."""
     plan = record["plan"]
-    names = ("ratio", "scope", "unit", "allow_empty")
-    return *(plan[name] for name in names), tuple(plan["heads_per_layer"]), record.get("repair") is not None
+    shapes = (tuple(plan.get(name, ())) for name in ("heads_per_layer", "channels_per_layer"))
+    return Rule.of(plan), *shapes, record.get("repair") is not None
 
 
 def named_checkpoints(folders: Sequence[Path]) -> dict[str, Path]:
@@ -104,24 +106,41 @@ def named_checkpoints(folders: Sequence[Path]) -> dict[str, Path]:
         if record is not None:
             plan = record["plan"]
             name = f"{plan['criterion']} {plan['removed_heads']}/{plan['total_heads']}"
+            if "channels" in plan.get("structures", ()):
+                name += f", {plan['removed_channels']}/{plan['total_channels']} channels"
+            name += " edited" if plan.get("edited") else ""
             name += " recovered" if "recovery" in record else ""
         named[f"{name} ({folder})" if name in taken or name in named else name] = folder
     return named
 
 
 def rival_plans(
-    plan: dict[str, Any], recipe: Recipe, dense: LoadedModel, scores: Path | None
+    record: dict[str, Any], recipe: Recipe, dense: LoadedModel, scores: Path | None
 ) -> dict[str, PruningPlan]:
-    """Plans that remove as much as `plan` by the same rule: by the other criteria, given scores, and at random."""
-    rule: dict[str, Any] = {name: plan[name] for name in ("ratio", "scope", "unit", "allow_empty")}
-    rule["groups"] = [layer.group_index for layer in attention_layers(dense.model)]
+    """Plans by the rule of a record's plan, for as much: by the other criteria, given scores, and at random.
+
+    Criteria that say nothing of what the rule is about are left out. Of an edited plan, rivals take as many heads and
+    channels from every layer.
+    """
+    plan = record["plan"]
+    rule = Rule.of(plan)
+    table = LatencyTable.of(record["latency_table"]) if "latency_table" in record else None
+    pricing = pricing_of(rule, dense, table)
+    groups = [layer.group_index for layer in attention_layers(dense.model)]
     plans = {}
     if scores is not None:
         evidence = load_scores(scores)
         check_same_model(dense, evidence, scores)
+        own = () if plan.get("edited") else (plan["criterion"],)
         for rival in criteria():
-            if rival.name not in (plan["criterion"], "random") and rival.answered_by(evidence):
-                plans[rival.name] = allocate(rival(evidence), **rule)
+            if rival.name in (*own, "random") or not rival.answered_by(evidence):
+                continue
+            if "channels" not in rule.structures or rival.answers_channels(evidence):
+                channels = channel_scores(rival, evidence, rule.structures, recipe.seed)
+                choose = chooser(rule, groups, pricing, in_loss=rival.in_loss)
+                plans[rival.name] = choose(rival(evidence), channels)
     for seed in range(recipe.seed, recipe.seed + recipe.random_seeds):
-        plans[f"random (seed {seed})"] = allocate(random_scores(plan["heads_per_layer"], seed), **rule, seed=seed)
+        heads = random_scores(plan["heads_per_layer"], seed)
+        drawn = random_channel_scores(plan["channels_per_layer"], seed) if "channels" in rule.structures else None
+        plans[f"random (seed {seed})"] = chooser(rule, groups, pricing, in_loss=False, seed=seed)(heads, drawn)
     return plans

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from compressor import comparison
-from compressor.artefact import load_scores, save_scores
-from compressor.budget import allocate
+from compressor.artefact import save_scores
 from compressor.confidence import layer_report, mlp_report
 from compressor.config import Recipe, resolve
 from compressor.console import log
 from compressor.contenders import (
     as_recorded,
-    check_same_model,
     check_unseen,
     named_checkpoints,
     record_of,
-    recovery_of,
     rival_plans,
     rule_of,
 )
@@ -30,16 +27,15 @@ from compressor.environment import machine, versions
 from compressor.errors import ArtefactError, RecipeError
 from compressor.export import write_checkpoint
 from compressor.files import to_json
+from compressor.given import follow, read_plan, refuse_rules
 from compressor.loading import EMBEDDED
-from compressor.measure.costs import measure_costs
 from compressor.preparation import calibration_of, data_for, load_for
+from compressor.pruning import carry_out, decide, of_the_model, scores_in
 from compressor.recovery import recover_checkpoint
-from compressor.removal import remove
 from compressor.reproduction import published_figures, reproduce
 from compressor.resumption import request_of, state_directory
 from compressor.runs import CHECKPOINT, check_output, newest_run, result_directory
 from compressor.scoring import score_model
-from compressor.stability import shares_removed
 from compressor.types import PruningPlan, Scores
 
 
@@ -128,6 +124,7 @@ def score(
 def prune(
     *,
     scores: str | Path | None = None,
+    plan: str | Path | None = None,
     export: bool = False,
     dry_run: bool = False,
     config: str | Path | None = None,
@@ -135,20 +132,26 @@ def prune(
     force: bool = False,
     **settings: Any,
 ) -> PruneRun:
-    """Choose heads by a criterion, remove them, say what that saves, and export the slimmer model if asked to.
+    """Choose heads and channels by a criterion, remove them, say what that saves, and export the slimmer model.
 
     Args:
         scores: a scoring run; by default the newest one (of the model, where one is named), made first if there is
             none.
+        plan: a JSON document with a plan, such as a dry run prints, perhaps edited: what it lists is removed, and
+            nothing is chosen. Repair is then for the text of `scores`, or that the document names, or else `data`.
         export: write a checkpoint that `compressor.load` opens.
-        dry_run: only say which heads would go; nothing is loaded or written.
+        dry_run: only say what would go; nothing is written, and the model is loaded for a target or a plan alone.
         config, output_dir, force, settings: as for `score`.
     """
     recipe = resolve(config, settings)
-    rule = criterion(recipe.criterion)
+    criterion(recipe.criterion)
     if not dry_run:
         check_output(output_dir, force)
-    if scores is None:
+    given = None
+    if plan is not None:
+        refuse_rules(settings)
+        given = read_plan(Path(plan))
+    elif scores is None:
         scores = newest_run("score", recipe.model)
         if scores is None and dry_run:
             raise ArtefactError("there is no score run, and a dry run makes none; run `compress score` first")
@@ -157,61 +160,23 @@ def prune(
             scores = score(config=config, **settings).directory
         else:
             log.info(f"taking up the newest score run, {scores}")
-    evidence = load_scores(Path(scores))
-    recipe = _naming(recipe, evidence.facts["model"])
-    recipe = replace(
-        recipe,
-        task=recipe.task or evidence.facts["task"],
-        revision=recipe.revision or evidence.facts["settings"].get("revision"),
-    )
-    choose = partial(
-        allocate,
-        ratio=recipe.ratio,
-        scope=recipe.scope,
-        unit=recipe.unit,
-        groups=[layer["groups"] for layer in evidence.facts["layers"]],
-        allow_empty=recipe.allow_empty,
-        seed=recipe.seed if recipe.criterion == "random" else None,
-    )
-    plan = choose(rule(evidence, recipe.seed))
-    document: dict[str, Any] = {
-        "plan": plan.to_dict(),
-        "removed_in_resamples": shares_removed(evidence, recipe.criterion, choose),
-    }
-    saturated = evidence.facts.get("saturated_layers")
-    if saturated and rule.counted:
-        log.warning(
-            f"the scores of {len(saturated)} layers are saturated: {recipe.criterion} says nothing about their heads, "
-            "and which of them go is arbitrary"
-        )
-    if dry_run:
-        return PruneRun(plan, document, None, None)
-    with result_directory("prune", recipe, output_dir, force) as (staged, target):
-        # A checkpoint keeps the dtype it came in, even where computing in it is slow.
-        loaded = load_for(replace(recipe, dtype="stored" if recipe.dtype == "auto" else recipe.dtype))
-        check_same_model(loaded, evidence, Path(scores))
-        length = min(256, loaded.context)
-        causal = loaded.task == "causal"
-        dense = measure_costs(loaded.model, length, causal=causal)
-        text = calibration_of(loaded, recipe, evidence.facts) if recipe.repair else None
-        repairs = remove(loaded.model, loaded.task, plan, text)
-        document |= {
-            "base": {
-                "model": recipe.model,
-                "revision": recipe.revision,
-                "identity": loaded.identity,
-                "task": loaded.task,
-                "recovery": recovery_of(recipe.model or ""),
-            },
-            "scores": {name: evidence.facts[name] for name in ("data", "settings", "seed")},
-            "repair": repairs,
-            "costs": {"dense": dense, "pruned": measure_costs(loaded.model, length, causal=causal)},
-            "versions": versions(),
-        }
+    evidence = scores_in(scores)
+    recipe = of_the_model(recipe, evidence, given)
+    with nullcontext((Path(), Path())) if dry_run else result_directory("prune", recipe, output_dir, force) as places:
+        staged, target = places
+        if given is not None:
+            decision = follow(given, Path(plan or ""), evidence, Path(scores or ""), recipe)
+        else:
+            assert evidence is not None
+            decision = decide(evidence, Path(scores or ""), recipe, dry_run)
+        if dry_run:
+            return PruneRun(decision.plan, decision.document, None, None)
+        document = carry_out(decision, recipe)
+        assert decision.loaded is not None
         if export:
-            document = write_checkpoint(loaded, document, staged / CHECKPOINT)
+            document = write_checkpoint(decision.loaded, document, staged / CHECKPOINT)
         (staged / "plan.json").write_text(to_json(document), encoding="utf-8")
-    return PruneRun(plan, document, target, target / CHECKPOINT if export else None)
+    return PruneRun(decision.plan, document, target, target / CHECKPOINT if export else None)
 
 
 def recover(
@@ -294,7 +259,7 @@ def bench(
         unranked, calibration = set(contenders), None
         if own:
             reference = next(iter(own.values()))
-            plans = rival_plans(reference["plan"], recipe, dense, Path(scores) if scores else None)
+            plans = rival_plans(reference, recipe, dense, Path(scores) if scores else None)
             unranked -= {name for name, record in own.items() if rule_of(record) == rule_of(reference)}
             if reference.get("repair") is not None:  # then its rivals are repaired too
                 calibration = calibration_of(dense, recipe, reference["scores"])

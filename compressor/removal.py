@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from compressor.attention import attention_layers, prune_heads
+from compressor.attention import attention_layers, check_heads, prune_heads
 from compressor.damage import Site, site_of
 from compressor.errors import ModelError
-from compressor.mlp import mlp_layers, prune_channels
+from compressor.mlp import check_channels, mlp_layers, prune_channels
 from compressor.module import Batch, LanguageModel
 from compressor.repair import repair
 from compressor.types import PruningPlan, Task
@@ -21,11 +21,21 @@ def remove(
 ) -> list[dict[str, Any]] | None:
     """Remove what a plan says from a model, in place, after a repair on calibration text, where there is any.
 
+    The plan is checked on copies first: where it cannot be carried out, the model stays as it is.
+
     Returns:
         What came of the repair, `Repair` by `Repair` with its structure and layer, JSON-ready; None without
         calibration text.
+
+    Raises:
+        PlanError: the plan does not fit the model, or cannot be carried out.
     """
     done: list[dict[str, Any]] | None = None
+    if calibration is not None or (plan.heads and plan.channels):
+        if plan.heads:
+            check_heads(model, plan.heads, allow_empty=plan.allow_empty)
+        if plan.channels:
+            check_channels(model, plan.channels, allow_empty=plan.allow_empty)
     if calibration is not None:
         sites = _sites(model)
         losing = [(site, getattr(plan, structure).get(layer, ())) for structure, layer, site in sites]

@@ -222,6 +222,8 @@ def _coalition(scoring: HeadScoring, coalition: Coalition, estimator: str) -> di
 
 
 def _stop(recipe: Recipe, layers: Sequence[AttentionLayer]) -> StableMask:
+    assert recipe.ratio is not None  # a recipe that watches heads has no target
+    assert recipe.scope is not None
     choose = partial(
         allocate,
         ratio=recipe.ratio,

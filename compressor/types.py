@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -68,11 +70,15 @@ class UnitScores:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which query heads and MLP channels leave which layer, in the numbering of the model that was scored, and why."""
+    """Which query heads and MLP channels leave which layer, in the numbering of the model that was scored, and why.
+
+    Either a `ratio` or a `target` says how much: (kind, share of the dense model's that is left), of "flops", "params"
+    or "latency". `predicted` is the share that the plan was found to leave, before anything was removed.
+    """
 
     heads: Mapping[int, tuple[int, ...]]
     criterion: str
-    ratio: float
+    ratio: float | None
     scope: str  # "layer" or "global"
     heads_per_layer: tuple[int, ...]  # before pruning
     allow_empty: bool = False
@@ -80,6 +86,11 @@ class PruningPlan:
     unit: str = "head"  # "head", "query" or "group": what leaves at one time
     channels: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # by MLP
     channels_per_layer: tuple[int, ...] = ()  # before pruning, of every MLP; empty where the plan is about heads alone
+    target: tuple[str, float] | None = None
+    structures: tuple[str, ...] = ("heads",)  # what may leave: "heads", "channels"
+    align: int = 8  # what stays of an MLP is a multiple of it wide
+    predicted: float | None = None
+    edited: bool = False  # whether it is by hand, and no longer what the criterion says
 
     @property
     def removed(self) -> int:
@@ -91,17 +102,43 @@ class PruningPlan:
         """Number of heads before pruning."""
         return sum(self.heads_per_layer)
 
+    @property
+    def removed_channels(self) -> int:
+        """Number of channels removed in all."""
+        return sum(len(channels) for channels in self.channels.values())
+
+    @property
+    def total_channels(self) -> int:
+        """Number of channels before pruning."""
+        return sum(self.channels_per_layer)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what leaves: another one tells that a plan was edited."""
+        leaving = [[[index, sorted(gone)] for index, gone in sorted(of.items())] for of in (self.heads, self.channels)]
+        return hashlib.sha256(json.dumps(leaving).encode()).hexdigest()[:16]
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
         return {
             "criterion": self.criterion,
             "ratio": self.ratio,
+            "target": None if self.target is None else dict([self.target]),
+            "predicted": self.predicted,
             "scope": self.scope,
             "unit": self.unit,
+            "structures": list(self.structures),
+            "align": self.align,
             "allow_empty": self.allow_empty,
             "seed": self.seed,
+            "edited": self.edited,
             "heads_per_layer": list(self.heads_per_layer),
             "removed_heads": self.removed,
             "total_heads": self.total,
             "heads": {str(layer): list(heads) for layer, heads in sorted(self.heads.items())},
+            "channels_per_layer": list(self.channels_per_layer),
+            "removed_channels": self.removed_channels,
+            "total_channels": self.total_channels,
+            "channels": {str(layer): list(channels) for layer, channels in sorted(self.channels.items())},
+            "fingerprint": self.fingerprint,
         }

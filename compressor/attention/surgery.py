@@ -42,12 +42,7 @@ def prune_heads(model: Model, heads: Mapping[int, Iterable[int]], *, allow_empty
             cannot leave by themselves.
         ModelError: the model's heads cannot be told apart.
     """
-    with dissecting(model) as found:
-        layers = [layer for _, layer in found]
-        plan = check_plan([layer.num_heads for layer in layers], heads, allow_empty)
-        habits: dict[int, Habits] = {}
-        for index, removed in plan.items():
-            habits[index] = _try(found[index][0], layers[index], removed)
+    layers, plan, habits = _tried(model, heads, allow_empty)
     if not plan:
         return model
     description: Description = {}
@@ -61,6 +56,26 @@ def prune_heads(model: Model, heads: Mapping[int, Iterable[int]], *, allow_empty
     left = [(layer, *counts_left(layer, plan.get(layer.index, ()))) for layer in layers]
     remember_heads(model, record, description, left)
     return model
+
+
+def check_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[int]], *, allow_empty: bool = False) -> None:
+    """Check a plan as `prune_heads` does, on copies, and change nothing.
+
+    Raises:
+        PlanError: `prune_heads` would refuse it.
+        ModelError: the model's heads cannot be told apart.
+    """
+    _tried(model, heads, allow_empty)
+
+
+def _tried(
+    model: PreTrainedModel, heads: Mapping[int, Iterable[int]], allow_empty: bool
+) -> tuple[list[AttentionLayer], dict[int, tuple[int, ...]], dict[int, Habits]]:
+    """The layers of a model, the plan as it was checked, and the readings of code under which it works."""
+    with dissecting(model) as found:
+        layers = [layer for _, layer in found]
+        plan = check_plan([layer.num_heads for layer in layers], heads, allow_empty)
+        return layers, plan, {index: _try(found[index][0], layers[index], gone) for index, gone in plan.items()}
 
 
 def _try(site: Site, layer: AttentionLayer, removed: Sequence[int]) -> Habits:

@@ -100,6 +100,7 @@ def score(
 @app.command()
 def prune(
     scores: o.ScoresDir = None,
+    plan: o.PlanFile = None,
     model: o.Model = None,
     revision: o.Revision = None,
     task: o.Task = None,
@@ -115,10 +116,18 @@ def prune(
     seed: o.Seed = None,
     criterion: o.Criterion = None,
     ratio: o.Ratio = None,
+    target_flops: o.TargetFlops = None,
+    target_params: o.TargetParams = None,
+    target_latency: o.TargetLatency = None,
+    structures: o.Structures = None,
+    align: o.Align = None,
+    deployable: o.Deployable = None,
     scope: o.Scope = None,
     unit: o.Unit = None,
     allow_empty: o.AllowEmpty = None,
     repair: o.Repair = None,
+    repeats: o.Repeats = None,
+    prompt_length: o.PromptLength = None,
     export: o.Export = False,
     dry_run: o.DryRun = False,
     config: o.Config = None,
@@ -127,7 +136,7 @@ def prune(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Remove the lowest-scoring heads from the weights; takes up the newest score run."""
+    """Remove the lowest-scoring heads and channels from the weights; takes up the newest score run."""
     flags = _flags(locals())
     _start(quiet)
     from compressor import pipeline
@@ -240,6 +249,12 @@ def run(
     until_stable: o.UntilStable = None,
     criterion: o.Criterion = None,
     ratio: o.Ratio = None,
+    target_flops: o.TargetFlops = None,
+    target_params: o.TargetParams = None,
+    target_latency: o.TargetLatency = None,
+    structures: o.Structures = None,
+    align: o.Align = None,
+    deployable: o.Deployable = None,
     scope: o.Scope = None,
     unit: o.Unit = None,
     allow_empty: o.AllowEmpty = None,
@@ -311,7 +326,7 @@ def _flags(values: dict[str, Any]) -> dict[str, Any]:
     flags = {name: value for name, value in values.items() if name not in ("json", "quiet")}
     if flags.get("triple_layers") is not None:
         flags["triple_layers"] = _layers(flags["triple_layers"])
-    for name in ("values", "coalitions"):
+    for name in ("values", "coalitions", "structures"):
         if flags.get(name) is not None:
             flags[name] = flags[name].split(",")
     return flags

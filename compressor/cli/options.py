@@ -124,12 +124,50 @@ Criterion = Annotated[
 ]
 Ratio = Annotated[
     float | None,
-    typer.Option(help="Share of heads to remove, rounded up.  [default: 0.2]", rich_help_panel=_PRUNING),
+    typer.Option(help="Share of heads (or channels) to remove, rounded up.  [default: 0.2]", rich_help_panel=_PRUNING),
+]
+TargetFlops = Annotated[
+    float | None,
+    typer.Option(help="Share of the FLOPs to leave, instead of --ratio.", rich_help_panel=_PRUNING),
+]
+TargetParams = Annotated[
+    float | None,
+    typer.Option(help="Share of the parameters to leave, instead of --ratio.", rich_help_panel=_PRUNING),
+]
+TargetLatency = Annotated[
+    float | None,
+    typer.Option(help="Share of a prefill's seconds to leave, timed on this machine.", rich_help_panel=_PRUNING),
+]
+Structures = Annotated[
+    str | None,
+    typer.Option(
+        help="heads, channels (of MLPs) or heads,channels.  [default: heads; for a target all that have scores]",
+        rich_help_panel=_PRUNING,
+    ),
+]
+Align = Annotated[
+    int | None,
+    typer.Option(
+        help="What stays of an MLP is a multiple of so many channels.  [default: 8]", rich_help_panel=_PRUNING
+    ),
+]
+Deployable = Annotated[
+    bool | None,
+    typer.Option(
+        "--deployable", help="As much from every layer and group, so that stock code runs it.", rich_help_panel=_PRUNING
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan", help="A plan, from --dry-run --json or plan.json: removed as it is.", rich_help_panel="Input"
+    ),
 ]
 Scope = Annotated[
     str | None,
     typer.Option(
-        help="Share of every layer, or of the whole model: layer or global.  [default: layer]", rich_help_panel=_PRUNING
+        help="Share of every layer, or of the whole model: layer or global.  [default: layer; for a target global]",
+        rich_help_panel=_PRUNING,
     ),
 ]
 Unit = Annotated[
@@ -208,7 +246,7 @@ Against = Annotated[
     typer.Option(help="A pruned checkpoint; may be repeated.  [default: the newest]", rich_help_panel="Input"),
 ]
 Export = Annotated[bool, typer.Option("--export", help="Write the slimmer checkpoint.", rich_help_panel=_OUTPUT)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say which heads would go.", rich_help_panel=_OUTPUT)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would go.", rich_help_panel=_OUTPUT)]
 Config = Annotated[
     Path | None, typer.Option("--config", "-c", help="A YAML recipe; flags override it.", rich_help_panel="Input")
 ]

@@ -28,3 +28,19 @@ def say(console: Console, text: str) -> None:
 def print_json(document: dict[str, Any]) -> None:
     """Print one JSON document."""
     print(to_json(document), end="")
+
+
+def count(value: float) -> str:
+    """A number of things, in thousands, millions or billions."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+def size(value: float) -> str:
+    """A number of bytes."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.0f} B"

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from compressor.cli.page import new_table, print_json, say
+from compressor.cli.page import count, new_table, print_json, say, size
+from compressor.cli.plans import print_plan
 from compressor.cli.scores import print_scores
 from compressor.pipeline import BenchRun, PaperRun, PruneRun, RecoverRun, ScoreRun, WholeRun
 
@@ -30,7 +31,7 @@ def pruned(result: PruneRun, as_json: bool) -> None:
         print_json(prune_document(result))
         return
     console = Console()
-    _print_plan(console, result)
+    print_plan(console, result)
     if result.checkpoint is not None:
         say(console, f"next: compress bench --against {result.checkpoint}")
 
@@ -83,7 +84,7 @@ def ran(result: WholeRun, as_json: bool) -> None:
     console = Console()
     print_scores(console, result.score)
     console.print()
-    _print_plan(console, result.prune)
+    print_plan(console, result.prune)
     console.print()
     _print_bench(console, result.bench)
 
@@ -111,45 +112,6 @@ def prune_document(result: PruneRun) -> dict[str, Any]:
     """A pruning run as JSON-ready values."""
     places = {"directory": result.directory, "checkpoint": result.checkpoint}
     return {**result.document, **{name: None if place is None else str(place) for name, place in places.items()}}
-
-
-_PORTIONS = {"head": "heads", "query": "heads of every group", "group": "groups"}
-
-
-def _print_plan(console: Console, result: PruneRun) -> None:
-    plan = result.plan
-    rule = "in every layer" if plan.scope == "layer" else "over the whole model"
-    say(
-        console,
-        f"{plan.criterion}: {plan.removed} of {plan.total} heads go ({plan.removed / plan.total:.1%}); "
-        f"the rule is ⌈{plan.ratio:g} · {_PORTIONS[plan.unit]}⌉ {rule}",
-    )
-    shares = result.document["removed_in_resamples"]
-    repairs = {entry["layer"]: entry for entry in result.document.get("repair") or () if entry["structure"] == "heads"}
-    more = [name for name, told in (("in resamples", shares), ("output error", repairs)) if told]
-    table = new_table("layer", "heads", "left", "removed", *more)
-    for layer, before in enumerate(plan.heads_per_layer):
-        gone = plan.heads.get(layer, ())
-        sure = [", ".join(f"{shares[layer][head]:.0%}" for head in gone) or "–"] if shares else []
-        mended = [_mended(repairs.get(layer))] if repairs else []
-        cells = (str(before), str(before - len(gone)), ", ".join(map(str, gone)) or "–")
-        table.add_row(str(layer), *cells, *sure, *mended)
-    captions = {
-        "in resamples": "in resamples: how often each would go if other documents of the kind had been counted",
-        "output error": "output error: of what a layer hands on, as a share of its output, as cut → after the repair",
-    }
-    table.caption = "\n".join(captions[name] for name in more) or None
-    console.print(table)
-    if "costs" in result.document:
-        console.print(_cost_table(result.document["costs"]["dense"], result.document["costs"]["pruned"]))
-    if result.directory is not None:
-        say(console, f"plan: {result.directory}")
-    if result.checkpoint is not None:
-        say(console, f"checkpoint, loaded again and found equal: {result.checkpoint}")
-
-
-def _mended(repair: dict[str, Any] | None) -> str:
-    return "–" if repair is None else f"{repair['before']:.1%} → {repair['after']:.1%}"
 
 
 def _print_bench(console: Console, result: BenchRun) -> None:
@@ -181,7 +143,7 @@ def _quality(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
     heads, perplexity = str(sum(row["costs"]["heads"])), f"{row['perplexity']:.3f}"
     figures, base = _figures(row), _figures(dense)
     if row is dense:
-        return [row["name"], heads, perplexity, "", *(_count(figure) for figure in figures)]
+        return [row["name"], heads, perplexity, "", *(count(figure) for figure in figures)]
     changes = (f"{figure / reference - 1:+.1%}" for figure, reference in zip(figures, base, strict=True))
     return [row["name"], heads, perplexity, f"{row['perplexity_change']:+.1%}", *changes]
 
@@ -241,40 +203,8 @@ def _time_table(document: dict[str, Any]) -> Table:
 
 def _memory_line(row: dict[str, Any]) -> str:
     cache = row["costs"]["kv_cache_bytes_per_token"]
-    kept = "no KV cache" if cache is None else f"KV cache {_bytes(cache)} a token"
-    return f"{row['name']}: peak memory {_bytes(row['costs']['peak_memory_bytes'])}, {kept}"
-
-
-def _cost_table(dense: dict[str, Any], pruned: dict[str, Any]) -> Table:
-    table = new_table("cost", "dense", "pruned", "change")
-    rows = [("parameters", dense["parameters"], pruned["parameters"], _count)]
-    rows += [
-        (f"MACs, {part.replace('_', ' ')}", dense["macs"][part], pruned["macs"][part], _count)
-        for part in ("total", "attention", "mlp", "lm_head")
-    ]
-    rows.append(("peak memory of a forward pass", dense["peak_memory_bytes"], pruned["peak_memory_bytes"], _bytes))
-    if dense["kv_cache_bytes_per_token"] is not None:
-        rows.append(
-            ("KV cache per token", dense["kv_cache_bytes_per_token"], pruned["kv_cache_bytes_per_token"], _bytes)
-        )
-    for name, before, after, form in rows:
-        table.add_row(name, form(before), form(after), f"{after / before - 1:+.1%}" if before else "")
-    table.caption = f"one sequence of {dense['length']} tokens; a MAC is one multiply-add"
-    return table
-
-
-def _count(value: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:.0f}"
-
-
-def _bytes(value: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value:.0f} B"
+    kept = "no KV cache" if cache is None else f"KV cache {size(cache)} a token"
+    return f"{row['name']}: peak memory {size(row['costs']['peak_memory_bytes'])}, {kept}"
 
 
 def _speed(phase: dict[str, Any] | None, reference: bool) -> tuple[Text, Text]:

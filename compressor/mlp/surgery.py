@@ -41,10 +41,7 @@ def prune_channels(model: Model, channels: Mapping[int, Iterable[int]], *, allow
             channels that cannot leave by themselves.
         ModelError: there is no MLP whose channels can leave.
     """
-    with dissecting(model) as found:
-        layers = [layer for _, layer in found]
-        plan = check_plan([layer.num_channels for layer in layers], channels, allow_empty, "channel")
-        habits = {index: _try(*found[index], removed) for index, removed in plan.items()}
+    layers, plan, habits = _tried(model, channels, allow_empty)
     if not plan:
         return model
     description: Description = {}
@@ -57,6 +54,26 @@ def prune_channels(model: Model, channels: Mapping[int, Iterable[int]], *, allow
     left = [(layer, layer.num_channels - len(plan.get(layer.index, ()))) for layer in layers]
     remember_channels(model, record, description, left)
     return model
+
+
+def check_channels(model: PreTrainedModel, channels: Mapping[int, Iterable[int]], *, allow_empty: bool = False) -> None:
+    """Check a plan as `prune_channels` does, on copies, and change nothing.
+
+    Raises:
+        PlanError: `prune_channels` would refuse it.
+        ModelError: there is no MLP whose channels can leave.
+    """
+    _tried(model, channels, allow_empty)
+
+
+def _tried(
+    model: PreTrainedModel, channels: Mapping[int, Iterable[int]], allow_empty: bool
+) -> tuple[list[MLPLayer], dict[int, tuple[int, ...]], dict[int, Habits]]:
+    """The MLPs of a model, the plan as it was checked, and the readings of code under which it works."""
+    with dissecting(model) as found:
+        layers = [layer for _, layer in found]
+        plan = check_plan([layer.num_channels for layer in layers], channels, allow_empty, "channel")
+        return layers, plan, {index: _try(*found[index], gone) for index, gone in plan.items()}
 
 
 def _try(site: Site, layer: MLPLayer, removed: Sequence[int]) -> Habits:

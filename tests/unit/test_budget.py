@@ -1,5 +1,7 @@
 """Plans against the paper's rule worked out by hand, and against search over all subsets."""
 
+import hashlib
+import json
 import math
 from fractions import Fraction
 from itertools import combinations, product
@@ -180,9 +182,20 @@ def test_an_unreachable_global_ratio_says_how_far_one_can_go():
 @pytest.mark.parametrize(("scope", "allow_empty"), list(product(["layer", "global"], [False, True])))
 def test_plans_are_ready_for_json(scope, allow_empty):
     document = allocate(scores([2, 1, 3], [9, 7, 8]), 0.3, scope, allow_empty=allow_empty, seed=4).to_dict()
+    gone = [[0, [1]], [1, [1]]] if scope == "layer" else [[0, [0, 1]]]
     assert document == {
         "criterion": "test",
         "ratio": 0.3,
+        "target": None,
+        "predicted": None,
+        "structures": ["heads"],
+        "align": 8,
+        "edited": False,
+        "channels_per_layer": [],
+        "removed_channels": 0,
+        "total_channels": 0,
+        "channels": {},
+        "fingerprint": hashlib.sha256(json.dumps([gone, []]).encode()).hexdigest()[:16],
         "scope": scope,
         "unit": "head",
         "allow_empty": allow_empty,

@@ -874,7 +874,7 @@ def parse(compress: Compress, monkeypatch: pytest.MonkeyPatch) -> Callable[[list
     """Let the command line read its arguments and hand them over; returns what it said, None if it was content."""
 
     def stop(**arguments: Any) -> None:
-        words = ("config", "output_dir", "force", "scores", "export", "dry_run", "against", "name")
+        words = ("config", "output_dir", "force", "scores", "plan", "export", "dry_run", "against", "name")
         for name in (*words, "checkpoint", "resume"):
             arguments.pop(name, None)
         resolve(None, arguments)  # the settings themselves are sound too

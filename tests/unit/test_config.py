@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +161,43 @@ def test_a_recipe_never_changes() -> None:
     with pytest.raises(AttributeError):
         Recipe().ratio = 0.5  # type: ignore[misc]
     assert asdict(Recipe()) == asdict(Recipe())
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
+
+
+def test_a_ratio_where_nothing_else_is_said() -> None:
+    assert (Recipe().ratio, Recipe().scope, Recipe().target, Recipe().unit) == (0.2, "layer", None, "head")
+    aimed = Recipe(target_params=0.7)
+    assert (aimed.ratio, aimed.scope, aimed.target) == (None, "global", ("params", 0.7))
+    assert Recipe(target_flops=0.7, scope="layer").scope == "layer"
+    even = Recipe(target_latency=0.7, deployable=True)
+    assert (even.scope, even.unit, even.target) == ("layer", "query", ("latency", 0.7))
+    assert Recipe(deployable=True, unit="group").unit == "group"
+
+
+@pytest.mark.parametrize("settings", [{}, {"target_flops": 0.7}, {"target_params": 0.7, "deployable": True}])
+def test_a_settled_recipe_settles_to_itself(tmp_path: Path, settings: dict[str, Any]) -> None:
+    recipe = Recipe(**settings)
+    assert Recipe(**asdict(recipe)) == recipe
+    assert replace(recipe, model="x") == Recipe(model="x", **settings)
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    assert resolve(tmp_path / "r.yaml", {}) == recipe
+
+
+def test_a_budget_on_the_command_line_takes_the_place_of_the_recipes(tmp_path: Path) -> None:
+    file = written(tmp_path / "r.yaml", ratio=0.3)
+    assert resolve(file, {"target_flops": 0.7}).target == ("flops", 0.7)
+    assert resolve(file, {"target_flops": 0.7}).ratio is None
+    assert resolve(written(tmp_path / "t.yaml", target_flops=0.7), {"ratio": 0.1}).target is None
+    assert "both say" in refused(ratio=0.3, target_flops=0.7)
+    assert "both say" in refused(target_params=0.3, target_flops=0.7)
+
+
+def test_heads_cannot_be_watched_for_a_target() -> None:
+    assert "no target while scoring" in refused(target_flops=0.7, until_stable=True, criterion="gt-fep")
+
+
+@pytest.mark.parametrize("structures", [[], ["heads", "heads"], ["neurons"]])
+def test_structures_that_are_none(structures: list[str]) -> None:
+    assert "expected heads, channels or heads,channels" in refused(structures=structures)

@@ -234,6 +234,9 @@ def test_algorithms_take_no_recipe() -> None:
     verbs = (
         "pipeline",
         "preparation",
+        "planning",
+        "pruning",
+        "given",
         "scoring",
         "comparison",
         "contenders",

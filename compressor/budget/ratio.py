@@ -1,11 +1,11 @@
-"""Scores and a target → a plan: how many heads go, from where, and which."""
+"""A ratio of heads or channels: how many go, from where, and which."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
 
+from compressor.budget.portions import channel_portions, head_portions
 from compressor.errors import PlanError
 from compressor.types import PruningPlan, UnitScores
 
@@ -55,15 +55,13 @@ def allocate(
     for name, value, choices in (("scope", scope, SCOPES), ("unit", unit, UNITS)):
         if value not in choices:
             raise PlanError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
-    if not all(math.isfinite(value) for layer in scores.values for value in layer):
-        raise PlanError(
-            f"criterion {scores.criterion} gave scores that are not finite; the model or its data is broken"
-        )
+    check_finite(scores)
     if unit != "head" and groups is None:
         raise PlanError(f"unit {unit} needs to know which heads share keys, and the scores do not say; score again")
     spare = 0 if allow_empty else 1
     ranked = [
-        _portions(values, unit, None if groups is None else groups[index]) for index, values in enumerate(scores.values)
+        head_portions(values, unit, None if groups is None else groups[index])
+        for index, values in enumerate(scores.values)
     ]
     removable = [portions[: max(0, len(portions) - spare)] for portions in ranked]
     if scope == "layer":
@@ -92,11 +90,58 @@ def allocate(
     return PruningPlan(plan, scores.criterion, ratio, scope, scores.units_per_layer, allow_empty, seed, unit)
 
 
-def _portions(values: Sequence[float], unit: str, groups: Sequence[int] | None) -> list[tuple[float, tuple[int, ...]]]:
-    """What can leave a layer at one time, with its score, the lowest first."""
-    heads = sorted(range(len(values)), key=values.__getitem__)
-    portions = [(head,) for head in heads]
-    if groups is not None and unit != "head" and len(set(groups)) < len(groups):
-        members = [[head for head in heads if groups[head] == group] for group in sorted(set(groups))]
-        portions = [tuple(group) for group in (members if unit == "group" else zip(*members, strict=False))]
-    return sorted((fmean(values[head] for head in portion), portion) for portion in portions)
+def allocate_channels(
+    scores: UnitScores, ratio: float, scope: str, *, align: int, allow_empty: bool = False
+) -> dict[int, tuple[int, ...]]:
+    """The channels with the lowest scores, by MLP: ⌈ratio · F⌉ of each, or ⌈ratio · ΣF⌉ over all.
+
+    They leave in chunks, so that what stays is a multiple of `align` wide, and at least so many leave as the ratio
+    says; an MLP keeps its last chunk unless `allow_empty` is given.
+
+    Raises:
+        PlanError: scores that are not finite, or a ratio out of reach.
+    """
+    check_finite(scores)
+    spare = 0 if allow_empty else 1
+    ranked = [channel_portions(values, align) for values in scores.values]
+    removable = [portions[: max(0, len(portions) - spare)] for portions in ranked]
+    chosen: list[list[int]] = [[] for _ in ranked]
+    if scope == "layer":
+        for index, portions in enumerate(removable):
+            wanted = heads_to_remove(ratio, scores.units_per_layer[index])
+            for _, channels in portions:
+                if len(chosen[index]) < wanted:
+                    chosen[index] += channels
+    else:
+        total = sum(scores.units_per_layer)
+        wanted = heads_to_remove(ratio, total)
+        pool = sorted(
+            (score, index, place)
+            for index, portions in enumerate(removable)
+            for place, (score, _) in enumerate(portions)
+        )
+        able = sum(len(channels) for portions in removable for _, channels in portions)
+        if wanted > able:
+            raise PlanError(
+                f"ratio {ratio:g} asks for {wanted} of {total} channels, but only {able} can go while every MLP keeps "
+                f"{align}; lower the ratio, --align, or allow empty layers"
+            )
+        for _, index, place in pool:
+            if sum(map(len, chosen)) < wanted:
+                chosen[index] += removable[index][place][1]
+    plan = {index: tuple(sorted(channels)) for index, channels in enumerate(chosen) if channels}
+    if not plan:
+        raise PlanError(f"no MLP has {align} channels to spare: every one would lose its last ones; lower --align")
+    return plan
+
+
+def check_finite(scores: UnitScores) -> None:
+    """Refuse scores that are not finite.
+
+    Raises:
+        PlanError: there are some.
+    """
+    if not all(math.isfinite(value) for layer in scores.values for value in layer):
+        raise PlanError(
+            f"criterion {scores.criterion} gave scores that are not finite; the model or its data is broken"
+        )
