@@ -60,6 +60,7 @@ class Recipe:
     target_latency: float | None = None
     structures: list[str] | None = None
     align: int = 8
+    rounds: int = 1
     deployable: bool = False
     scope: str | None = None
     unit: str = "head"
@@ -108,6 +109,7 @@ class Recipe:
             "prompt_length": 1,
             "new_tokens": 1,
             "align": 1,
+            "rounds": 1,
         }
         for name, minimum in least.items():
             value = getattr(self, name)

@@ -108,6 +108,7 @@ def named_checkpoints(folders: Sequence[Path]) -> dict[str, Path]:
             name = f"{plan['criterion']} {plan['removed_heads']}/{plan['total_heads']}"
             if "channels" in plan.get("structures", ()):
                 name += f", {plan['removed_channels']}/{plan['total_channels']} channels"
+            name += f" in {plan['rounds']} rounds" if plan.get("rounds", 1) > 1 else ""
             name += " edited" if plan.get("edited") else ""
             name += " recovered" if "recovery" in record else ""
         named[f"{name} ({folder})" if name in taken or name in named else name] = folder

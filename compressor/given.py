@@ -22,7 +22,7 @@ from compressor.types import PruningPlan, Scores
 
 DECIDING = (
     *("criterion", "ratio", "target_flops", "target_params", "target_latency", "structures"),
-    *("align", "deployable", "scope", "unit", "allow_empty"),
+    *("align", "rounds", "deployable", "scope", "unit", "allow_empty"),
 )
 
 

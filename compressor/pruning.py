@@ -33,8 +33,9 @@ from compressor.planning import (
 )
 from compressor.preparation import calibration_of, data_for, load_for
 from compressor.removal import remove
+from compressor.rounds import check_rounds, in_rounds
 from compressor.stability import shares_removed
-from compressor.types import PruningPlan, Scores
+from compressor.types import PruningPlan, Scores, UnitScores
 
 MISSED = 0.005  # of the target: more than this above it is said
 
@@ -59,27 +60,31 @@ def decide(evidence: Scores, directory: Path, recipe: Recipe, dry_run: bool) -> 
         CompressorError: the scores do not fit the recipe or the model, or the target is out of reach.
     """
     by = criterion(recipe.criterion)
+    check_rounds(by.name, recipe.rounds)
     structures = structures_of(recipe, by, evidence)
     rule = rule_of_recipe(recipe, structures)
     heads, channels = by(evidence, recipe.seed), channel_scores(by, evidence, structures, recipe.seed)
     loaded = None
-    if not dry_run or rule.target is not None:
+    if not dry_run or rule.target is not None or recipe.rounds > 1:
         loaded = load_as_stored(recipe)
         check_same_model(loaded, evidence, directory)
     table = None
     if loaded is not None and rule.target is not None and rule.target[0] == "latency":
         table = time_structures(loaded, structures, recipe)
-    choose = chooser(
-        rule,
-        [layer["groups"] for layer in evidence.facts["layers"]],
-        None if loaded is None else pricing_of(rule, loaded, table),
-        in_loss=by.in_loss,
-        seed=recipe.seed if recipe.criterion == "random" else None,
-    )
-    plan = choose(heads, channels)
+    pricing = None if loaded is None else pricing_of(rule, loaded, table)
+    groups = [layer["groups"] for layer in evidence.facts["layers"]]
+    drawn = recipe.seed if recipe.criterion == "random" else None
+
+    def choose(heads: UnitScores, channels: UnitScores | None, part: float = 1.0) -> PruningPlan:
+        return chooser(rule.part(part), groups, pricing, in_loss=by.in_loss, seed=drawn)(heads, channels)
+
+    plan = choose(heads, channels, 1 / recipe.rounds)
+    if recipe.rounds > 1 and loaded is not None:
+        text = calibration_of(loaded, recipe, evidence.facts)
+        plan = in_rounds(loaded, plan, choose, text, recipe.rounds, repaired=recipe.repair, seed=recipe.seed)
     shares = None
-    if "heads" in structures:
-        shares = shares_removed(evidence, recipe.criterion, lambda drawn: choose(drawn, channels))
+    if "heads" in structures and recipe.rounds == 1:
+        shares = shares_removed(evidence, recipe.criterion, lambda resampled: choose(resampled, channels))
     saturated = evidence.facts.get("saturated_layers")
     if saturated and by.counted:
         log.warning(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from compressor.attention import attention_layers, check_heads, prune_heads
-from compressor.damage import Site, site_of
+from compressor.attention.linear import side
+from compressor.damage import Site, linear_at, site_of
 from compressor.errors import ModelError
 from compressor.mlp import check_channels, mlp_layers, prune_channels
 from compressor.module import Batch, LanguageModel
@@ -37,16 +39,34 @@ def remove(
         if plan.channels:
             check_channels(model, plan.channels, allow_empty=plan.allow_empty)
     if calibration is not None:
-        sites = _sites(model)
-        losing = [(site, getattr(plan, structure).get(layer, ())) for structure, layer, site in sites]
-        places = {site.module: {"structure": structure, "layer": layer} for structure, layer, site in sites}
-        repaired = repair(LanguageModel(model, task), calibration, losing, [site for *_, site in sites])
-        done = [{**places[entry.site], **entry.to_dict()} for entry in repaired]
+        done = _repair(model, task, plan, calibration)
     if plan.heads:
         prune_heads(model, plan.heads, allow_empty=plan.allow_empty)
     if plan.channels:
         prune_channels(model, plan.channels, allow_empty=plan.allow_empty)
     return done
+
+
+def silence(model: PreTrainedModel, task: Task, plan: PruningPlan, calibration: Sequence[Batch] | None) -> None:
+    """Give what a plan removes zero weights, after a repair on calibration text, where there is any; cut nothing."""
+    if calibration is not None:
+        _repair(model, task, plan, calibration)
+        return
+    for structure, layer, site in _sites(model):
+        part = linear_at(model, site)
+        places = [place for unit in getattr(plan, structure).get(layer, ()) for place in site.entries[unit]]
+        weight = part.get_parameter("weight").detach()
+        weight.index_fill_(side(part, "inputs"), torch.tensor(places, dtype=torch.long, device=weight.device), 0)
+
+
+def _repair(
+    model: PreTrainedModel, task: Task, plan: PruningPlan, calibration: Sequence[Batch]
+) -> list[dict[str, Any]]:
+    sites = _sites(model)
+    losing = [(site, getattr(plan, structure).get(layer, ())) for structure, layer, site in sites]
+    places = {site.module: {"structure": structure, "layer": layer} for structure, layer, site in sites}
+    repaired = repair(LanguageModel(model, task), calibration, losing, [site for *_, site in sites])
+    return [{**places[entry.site], **entry.to_dict()} for entry in repaired]
 
 
 def _sites(model: PreTrainedModel) -> list[tuple[str, int, Site]]:

@@ -90,6 +90,7 @@ class PruningPlan:
     structures: tuple[str, ...] = ("heads",)  # what may leave: "heads", "channels"
     align: int = 8  # what stays of an MLP is a multiple of it wide
     predicted: float | None = None
+    rounds: int = 1  # between which the rest was repaired, and the criterion asked again
     edited: bool = False  # whether it is by hand, and no longer what the criterion says
 
     @property
@@ -131,6 +132,7 @@ class PruningPlan:
             "align": self.align,
             "allow_empty": self.allow_empty,
             "seed": self.seed,
+            "rounds": self.rounds,
             "edited": self.edited,
             "heads_per_layer": list(self.heads_per_layer),
             "removed_heads": self.removed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compressor.budget.aim import Costs, Queue, aim, chosen, queue_of
@@ -32,6 +32,14 @@ class Rule:
     structures: tuple[str, ...] = ("heads",)
     align: int = 8
     allow_empty: bool = False
+
+    def part(self, share: float) -> Rule:
+        """The rule for a part of the way, such as half of a ratio."""
+        return replace(
+            self,
+            ratio=None if self.ratio is None else self.ratio * share,
+            target=None if self.target is None else (self.target[0], 1 - (1 - self.target[1]) * share),
+        )
 
     @classmethod
     def of(cls, plan: Mapping[str, Any]) -> Rule:

@@ -151,6 +151,13 @@ Align = Annotated[
         help="What stays of an MLP is a multiple of so many channels.  [default: 8]", rich_help_panel=_PRUNING
     ),
 ]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        help="Rounds of pruning: a part leaves, the rest is repaired, the loss is asked again.  [default: 1]",
+        rich_help_panel=_PRUNING,
+    ),
+]
 Deployable = Annotated[
     bool | None,
     typer.Option(
