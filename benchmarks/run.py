@@ -7,8 +7,8 @@
 
 `quality` removes a fifth of the heads by every criterion and at random, of every layer or model-wide, and measures
 perplexity on the same held-out documents, as cut and repaired, and costs; Torch-Pruning's choice is another row where
-that package is installed. `speed` times the dense model against φ's
-pruned ones, interleaved; without `--model` it does so on a model of GPT-2 small's shape with random weights, heads
+that package is installed. `speed` times the dense model against φ's pruned ones, and one that heads and channels left
+until a target of FLOPs was met, interleaved; without `--model` it does so on a model of GPT-2 small's shape with random weights, heads
 chosen by magnitude: a time does not depend on which heads go.
 `python benchmarks/tables.py` turns the JSON into the tables of the documentation.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -30,7 +31,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from compressor import comparison
 from compressor.attention import attention_layers, prune_heads
 from compressor.attention.layout import output_norms
-from compressor.budget import UNITS, allocate
+from compressor.budget import UNITS, Rule, allocate
+from compressor.budget import choose as choose_by
 from compressor.config import Recipe
 from compressor.console import log, show_logs
 from compressor.criteria import criteria, criterion, random_scores
@@ -39,8 +41,13 @@ from compressor.environment import machine, versions
 from compressor.files import to_json
 from compressor.loading import LoadedModel, load_model
 from compressor.measure.costs import measure_costs
-from compressor.module import LanguageModel
+from compressor.measure.prices import flop_prices
+from compressor.mlp import mlp_layers
+from compressor.mlp.layout import output_norms as channel_norms
+from compressor.module import Batch, LanguageModel
 from compressor.preparation import data_for
+from compressor.removal import remove
+from compressor.rounds import in_rounds
 from compressor.scoring import score_model
 from compressor.trainer import run_perplexity
 from compressor.types import PruningPlan, Scores, UnitScores
@@ -48,7 +55,9 @@ from compressor.types import PruningPlan, Scores, UnitScores
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.05, 0.1, 0.2)
 SCOPES = ("layer", "global")
+TARGET = 0.82  # of the FLOPs, left by speed's last model
 REFERENCE = "loss-game"  # what every other criterion is compared with, document by document
+TWICE = f"{REFERENCE} in 2 rounds"
 
 
 def quality(args: argparse.Namespace) -> dict[str, Any]:
@@ -71,15 +80,16 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     summaries: dict[str, Any] = {}
     groups = [layer["groups"] for layer in scores.facts["layers"]]
-    choose = partial(allocate, ratio=args.ratio, unit=args.unit, groups=groups)
+    choose = partial(allocate, unit=args.unit, groups=groups)
     for scope in SCOPES:
         plans: dict[str, PruningPlan] = {}
         for rival in criteria():
             if rival.name != "random":
-                plans[rival.name] = choose(rival(scores), scope=scope)
+                plans[rival.name] = choose(rival(scores), args.ratio, scope=scope)
         for seed in range(args.random_seeds):
             draw = random_scores([len(layer.phi) for layer in scores.layers], seed)
-            plans[f"random (seed {seed})"] = choose(draw, scope=scope, seed=seed)
+            plans[f"random (seed {seed})"] = choose(draw, args.ratio, scope=scope, seed=seed)
+        plans[TWICE] = _in_rounds(dense, scores, partial(choose, scope=scope), args.ratio, calibration)
         others = torch_pruner.cuts(dense, calibration, args.ratio, scope) if args.unit == "head" else {}
         plans |= {name: cut.plan for name, cut in others.items()}
         notes = {name: _own(name, cut, dense, data) for name, cut in others.items()}
@@ -99,6 +109,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         "rank_correlation_with_loo": _ranks(scores),
         "costs_per_example": {
             **{rival.name: rival.cost for rival in criteria()},
+            TWICE: f"twice {criterion(REFERENCE).cost}, and a repair",
             **{name: cost for name, (_, cost) in torch_pruner.IMPORTANCES.items()},
         },
         "calibration": _text(data.calibration),
@@ -119,6 +130,22 @@ def _own(name: str, cut: torch_pruner.Cut, dense: LoadedModel, data: TextDataMod
     module = LanguageModel(cut.model, dense.task)
     own = run_perplexity(module, data, dense.model.device, f"perplexity of {name}, as it cuts").perplexity
     return {"own_perplexity": own, "how": torch_pruner.HOW, "version": version("torch-pruning")}
+
+
+def _in_rounds(
+    dense: LoadedModel,
+    scores: Scores,
+    choose: Callable[[UnitScores, float], PruningPlan],
+    ratio: float,
+    calibration: Sequence[Batch],
+) -> PruningPlan:
+    """The plan of two rounds, between which what stays is repaired."""
+
+    def part(heads: UnitScores, channels: UnitScores | None, share: float) -> PruningPlan:
+        return choose(heads, ratio * share)
+
+    first = part(criterion(REFERENCE)(scores), None, 0.5)
+    return in_rounds(dense, first, part, calibration, 2, repaired=True, seed=0)
 
 
 def _ranks(scores: Scores) -> dict[str, float]:
@@ -155,6 +182,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     for ratio in RATIOS:
         plan = allocate(ranking, ratio)
         models[f"{ranking.criterion} {ratio:g}"] = prune_heads(copy.deepcopy(model), plan.heads)
+    models[f"{TARGET:.0%} of the FLOPs"] = _to_target(model)
     settings = {
         "batch_size": args.batch_size,
         "prompt_length": args.prompt_length,
@@ -167,6 +195,23 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         for name, candidate in models.items()
     ]
     return {"suite": "speed", "rows": rows, "settings": {**settings, "dtype": str(model.dtype)}}
+
+
+def _to_target(dense: PreTrainedModel) -> PreTrainedModel:
+    """Without as large a share of every layer's heads and channels, those of the lowest norm, as a target asks for."""
+    layers = {"heads": attention_layers(dense), "channels": mlp_layers(dense)}
+    heads = [tuple(output_norms(dense, layer).tolist()) for layer in layers["heads"]]
+    channels = [tuple(channel_norms(dense, layer).tolist()) for layer in layers["channels"]]
+    prices = flop_prices(dense, 256)
+
+    def costs(structure: str, index: int, portions: tuple[tuple[int, ...], ...]) -> Sequence[float]:
+        return prices.saved_along(layers[structure][index], portions)
+
+    rule = Rule(target=("flops", TARGET), scope="global", structures=("heads", "channels"))
+    scores = [UnitScores("magnitude", tuple(values)) for values in (heads, channels)]
+    slim = copy.deepcopy(dense)
+    remove(slim, "causal", choose_by(rule, *scores, costs=costs, total=prices.total), None)
+    return slim
 
 
 def _dense(args: argparse.Namespace) -> LoadedModel:

@@ -164,6 +164,37 @@ def _column(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
     ]
 
 
+def budgets_table(document: dict[str, Any]) -> str:
+    """Rise of perplexity at a target of FLOPs, by way of pruning and by rival."""
+    lines = [_line("model", "heads", "channels", "FLOPs", "parameters", "perplexity", "95 % interval")]
+    lines.append(_line(*["---"] * 7))
+    dense = document["rows"][0]
+    for row in document["rows"][1:]:
+        if row["kind"] == "random":
+            continue
+        plan, found = row.get("plan"), row["perplexity_change_interval"]
+        counts = ["", ""] if plan is None else [f"−{plan['removed_heads']}", f"−{plan['removed_channels']:,}"]
+        parameters = row["costs"]["parameters"] / dense["costs"]["parameters"] - 1
+        name = f"`loss-game`, {row['name']}" if row["kind"] == "pruned" else f"`{row['name']}`, repaired"
+        cells = [_saved(row, dense, "total"), f"{parameters:+.1%}", f"{row['perplexity_change']:+.2%}"]
+        lines.append(_line(name, *counts, *cells, f"{found['low']:+.2%} … {found['high']:+.2%}"))
+    random, base = document["random"], dense["perplexity"]
+    mean = f"{random['mean'] / base - 1:+.1%} ± {random['sd'] / base:.1%}, {random['min'] / base - 1:+.1%} the lowest"
+    lines.append(_line(f"random, repaired, {random['draws']} draws", "", "", "", "", mean, ""))
+    data, calibration, recovery = document["data"], document["calibration"], document["recovery"]
+    caption = (
+        f"{document['model']} with at most {document['target_flops']:.0%} of its FLOPs left: rise of the perplexity on "
+        f"{data['documents']:,} documents of {data['name']} ({data['tokens']:,} tokens), dense {base:.3f}; calibrated "
+        f"and repaired on {calibration['documents']:,} documents of {calibration['name']}"
+    )
+    if recovery is not None:
+        caption += (
+            f"; recovered for {recovery['minutes']:.1f} minutes on {recovery['text']} "
+            f"({recovery['steps']} steps, {document['machine']['torch_threads']} threads)"
+        )
+    return "\n".join([*lines, "", caption + "."])
+
+
 def speed_table(document: dict[str, Any]) -> str:
     """Tokens per second, and what the saved FLOPs alone would promise."""
     lines = [_line("model", "FLOPs", "promised", "prefill tokens/s", "speed-up", "decode tokens/s", "speed-up")]
@@ -249,6 +280,7 @@ def game_table(document: dict[str, Any]) -> str:
 TABLES = {
     "quality": quality_table,
     "speed": speed_table,
+    "budgets": budgets_table,
     "models": models_table,
     "scoring": scoring_table,
     "game": game_table,

@@ -198,3 +198,26 @@ def test_without_torch_pruning_there_are_no_rows_for_it(
     assert suite.cuts(load_model(models["llama"], device="cpu"), [], 0.2, "layer") == {}
     assert told[0] == "torch-pruning is not installed: no rows for it"
     assert told[1].endswith("not on LlamaForCausalLM")
+
+
+def test_budgets_follow_the_verbs(tables: ModuleType, models: dict[str, str], texts: str, tmp_path: Path) -> None:
+    run = script("budgets")
+    settings = COMMON | {"ratio": None, "eval_data": texts, "train_data": None, "target_flops": 0.85, "rounds": [2]}
+    settings |= {"minutes": 0.02, "epochs": 1, "train_samples": 12, "random_seeds": 2, "repeats": 1, "batch_size": 4}
+    document = run.budgets(argparse.Namespace(**settings, model=models["gpt2"], data=texts), tmp_path)
+    document = json.loads(to_json(document | {"model": "tiny", "machine": {"torch_threads": 1}}))
+    rows = {row["name"]: row for row in document["rows"]}
+    ways = ["repaired", "repaired, 2 rounds", "as cut", "heads alone, repaired", "repaired, recovered"]
+    assert list(rows)[1:6] == ways
+    for name in ways[:4]:
+        left = rows[name]["costs"]["macs"]["total"] / rows["dense"]["costs"]["macs"]["total"]
+        assert left == pytest.approx(rows[name]["target"]["found"])
+        assert left <= 0.85
+    assert rows["repaired, 2 rounds"]["plan"]["rounds"] == 2
+    assert rows["heads alone, repaired"]["plan"]["removed_channels"] == 0
+    assert document["differences"]["reference"] == "repaired"
+    assert {"repaired, 2 rounds", "repaired, recovered", "dense"} < set(document["differences"]["against"])
+    assert str(tmp_path) not in json.dumps(document)
+    written = tables.table(document)
+    assert "| `loss-game`, repaired, recovered |" in written
+    assert f"{rows['as cut']['perplexity_change']:+.2%}" in written
