@@ -8,8 +8,8 @@
 `quality` removes a fifth of the heads by every criterion and at random, of every layer or model-wide, and measures
 perplexity on the same held-out documents, as cut and repaired, and costs; Torch-Pruning's choice is another row where
 that package is installed. `speed` times the dense model against φ's pruned ones, and one that heads and channels left
-until a target of FLOPs was met, interleaved; without `--model` it does so on a model of GPT-2 small's shape with random weights, heads
-chosen by magnitude: a time does not depend on which heads go.
+until a target of FLOPs was met, interleaved; without `--model` it does so on a model of GPT-2 small's shape with random
+weights, heads chosen by magnitude: a time does not depend on which heads go.
 `python benchmarks/tables.py` turns the JSON into the tables of the documentation.
 """
 
