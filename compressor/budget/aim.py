@@ -6,6 +6,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from compressor.errors import PlanError
 
@@ -16,33 +17,33 @@ DUST = 1e-9  # of the whole: what rounding may be short of a target
 
 @dataclass(frozen=True)
 class Queue:
-    """What can leave one layer, in order: `values` and `saved` tell what has been lost and saved after each portion."""
+    """What can leave one layer, in order.
+
+    `values`, `saved` and `shares` tell what has been lost and saved after each portion, and what share of the layer's
+    heads or channels is gone.
+    """
 
     structure: str
     index: int
     portions: tuple[tuple[int, ...], ...]
     values: tuple[float, ...]
     saved: tuple[float, ...]
-    units: int  # of the layer
+    shares: tuple[float, ...]
 
     def after(self, portions: int) -> tuple[float, float, float]:
         """(value lost, cost saved, share of the layer gone) after so many portions, as far as there are any."""
-        portions = min(portions, len(self.portions))
-        if not portions:
-            return 0.0, 0.0, 0.0
-        gone = sum(map(len, self.portions[:portions]))
-        return self.values[portions - 1], self.saved[portions - 1], gone / self.units
+        last = min(portions, len(self.portions)) - 1
+        return (0.0, 0.0, 0.0) if last < 0 else (self.values[last], self.saved[last], self.shares[last])
 
 
 def queue_of(
     structure: str, index: int, values: Sequence[float], portions: Sequence[tuple[int, ...]], costs: Costs
 ) -> Queue:
     """The queue of a layer whose units have such values, from portions in the order in which they leave."""
-    lost: list[float] = []
-    for portion in portions:
-        lost.append((lost[-1] if lost else 0.0) + math.fsum(values[unit] for unit in portion))
-    saved = tuple(costs(structure, index, tuple(portions))) if portions else ()
-    return Queue(structure, index, tuple(portions), tuple(lost), saved, len(values))
+    lost = accumulate(math.fsum(values[unit] for unit in portion) for portion in portions)
+    shares = (gone / len(values) for gone in accumulate(map(len, portions)))
+    saved = costs(structure, index, tuple(portions)) if portions else ()
+    return Queue(structure, index, tuple(portions), tuple(lost), tuple(saved), tuple(shares))
 
 
 def aim(
