@@ -47,22 +47,22 @@ class Prices:
 
 def parameter_prices(model: PreTrainedModel) -> Prices:
     """Parameters, tied ones counted once; exact. A tensor that other modules hold too stays for them."""
-    holders: dict[int, set[str]] = defaultdict(set)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders[id(parameter)].add(name)
+    holders: dict[int, set[int]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)].add(id(module))
 
     def saved_along(layer: Layer, portions: Portions) -> list[float]:
-        weights: dict[str, tuple[torch.Tensor, float]] = {}
-        for name in {f"{part.module}.{part.name}" for part in layer.slices if part.kind == "tensor"}:
-            tensor = _tensor(model, name)
-            if holders[id(tensor)] == {name}:  # and none for buffers
-                weights[name] = tensor, 1.0
+        names = {f"{part.module}.{part.name}" for part in layer.slices if part.kind == "tensor"}
+        weights = {name: (_tensor(model, name), 1.0) for name in names}
+        weights = {name: weight for name, weight in weights.items() if len(holders.get(id(weight[0]), ())) == 1}
         found = _cut(layer, portions, weights)
         if _emptied(layer, portions):
             gone = set(_subtree(model, layer))
             apart = {name: weight for name, weight in weights.items() if name not in gone}
-            inside = {id(tensor): tensor for name, tensor in model.named_parameters() if name in gone}
-            whole = sum(tensor.numel() for place, tensor in inside.items() if holders[place] <= gone)
+            modules = {id(model.get_submodule(name.rpartition(".")[0])) for name in gone}
+            inside = {id(tensor): tensor for tensor in (_tensor(model, name) for name in gone)}
+            whole = sum(tensor.numel() for place, tensor in inside.items() if holders[place] <= modules)
             found[-1] = whole + _cut(layer, portions, apart)[-1]
         return [float(value) for value in found]
 

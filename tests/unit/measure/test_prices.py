@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from compressor.attention import attention_layers, prune_heads
@@ -93,3 +94,17 @@ def test_a_model_that_was_pruned_before_has_prices_of_its_own(build: Callable[..
     for prices, name in ((parameter_prices(model), "parameters"), (flop_prices(model, LENGTH), "macs")):
         before, after = (of[name] if name == "parameters" else of[name]["total"] for of in (dense, pruned))
         assert prices.saved(layers[0], [0]) + prices.saved(mlps[1], [2, 9]) == before - after
+
+
+def test_a_module_under_two_names_counts_once_and_a_tensor_of_two_modules_stays(build: Callable[..., Any]) -> None:
+    model = build("gpt2")
+    attention, mlp = attention_layers(model)[0], mlp_layers(model)[0]
+    alone = parameter_prices(model)
+    expected = alone.saved(attention, [0]), alone.saved(mlp, [0])
+    model.other_name = model.transformer.h[0]
+    named_twice = parameter_prices(model)
+    assert named_twice.total == alone.total
+    assert (named_twice.saved(attention, [0]), named_twice.saved(mlp, [0])) == expected
+    model.keeper = torch.nn.Linear(1, 1, bias=False)
+    model.keeper.weight = model.transformer.h[0].mlp.c_fc.weight
+    assert parameter_prices(model).saved(mlp, [0]) == expected[1] - 24
