@@ -71,7 +71,8 @@ def _repair(
 
 def _sites(model: PreTrainedModel) -> list[tuple[str, int, Site]]:
     """(structure, layer, where it hands on what it found) of every layer of heads, and every MLP."""
-    found = [("heads", layer.index, site_of(layer, layer.num_heads)) for layer in attention_layers(model)]
+    layers = [layer for layer in attention_layers(model) if layer.num_heads]  # an emptied one hands nothing on
+    found = [("heads", layer.index, site_of(layer, layer.num_heads)) for layer in layers]
     try:
         mlps = mlp_layers(model)
     except ModelError:  # such as one of experts

@@ -108,3 +108,12 @@ def test_a_module_under_two_names_counts_once_and_a_tensor_of_two_modules_stays(
     model.keeper = torch.nn.Linear(1, 1, bias=False)
     model.keeper.weight = model.transformer.h[0].mlp.c_fc.weight
     assert parameter_prices(model).saved(mlp, [0]) == expected[1] - 24
+
+
+def test_a_model_with_an_emptied_layer_has_prices(build: Callable[..., Any]) -> None:
+    model = prune_heads(build("gpt2"), {0: range(4)}, allow_empty=True)
+    dense = measure_costs(model, LENGTH, causal=True)
+    layers = attention_layers(model)
+    pruned = measure_costs(prune_heads(copy.deepcopy(model), {1: [2]}), LENGTH, causal=True)
+    assert parameter_prices(model).saved(layers[1], [2]) == dense["parameters"] - pruned["parameters"]
+    assert flop_prices(model, LENGTH).saved(layers[1], [2]) == dense["macs"]["total"] - pruned["macs"]["total"]
