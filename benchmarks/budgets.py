@@ -26,7 +26,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def budgets(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Score, prune in several ways, recover and bench."""
-    text = {"data": args.data, "samples": args.samples, "batch_size": args.batch_size, "device": args.device}
+    text = {"data": args.data, "eval_data": args.eval_data, "samples": args.samples}
+    text |= {"batch_size": args.batch_size, "device": args.device}
     asked = [rival.needs for rival in criteria() if rival.needs and rival.channels is not None]
     scores = compressor.score(model=args.model, **text, values=asked, output_dir=work / "scores").directory
     ways: dict[str, dict[str, Any]] = {
@@ -65,7 +66,6 @@ def budgets(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         against=list(checkpoints.values()),
         scores=scores,
         **text,
-        eval_data=args.eval_data,
         eval_samples=args.eval_samples,
         random_seeds=args.random_seeds,
         repeats=args.repeats,

@@ -50,13 +50,20 @@ def record_of(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def recovery_of(model: str) -> dict[str, Any] | None:
-    """How a model was recovered, where it is a checkpoint that was."""
+def history_of(model: str) -> dict[str, Any]:
+    """What a record says of a base that is a checkpoint itself: its recovery, and the texts it was scored on."""
     for folder in (Path(model) / CHECKPOINT, Path(model)):
         if is_directory(folder) and (record := record_of(folder)) is not None:
-            found: dict[str, Any] | None = record.get("recovery") or record["base"].get("recovery")
-            return found
-    return None
+            base = record["base"]
+            recovery = record.get("recovery") or base.get("recovery")
+            return {"recovery": recovery, "scored": [_scored(record), *base.get("scored", ())]}
+    return {"recovery": None, "scored": []}
+
+
+def _scored(record: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the text that chose what left."""
+    found: dict[str, Any] = record.get("scores", {}).get("data", {})
+    return found
 
 
 def as_recorded(recipe: Recipe, record: dict[str, Any]) -> Recipe:
@@ -66,13 +73,15 @@ def as_recorded(recipe: Recipe, record: dict[str, Any]) -> Recipe:
         recipe = replace(recipe, model=base["model"], revision=recipe.revision or base.get("revision"))
     settings = record.get("scores", {}).get("settings", {})
     if recipe.data is None:
-        recipe = replace(recipe, data=settings.get("data"), eval_data=recipe.eval_data or settings.get("eval_data"))
+        part = settings.get("part", recipe.part) if recipe.part == Recipe.part else recipe.part
+        eval_data = recipe.eval_data or settings.get("eval_data")
+        recipe = replace(recipe, data=settings.get("data"), eval_data=eval_data, part=part)
     return recipe
 
 
 def check_unseen(name: str, record: dict[str, Any], data: TextDataModule) -> None:
     """Refuse to report on documents that chose the heads, or that the model was trained on or chosen by."""
-    seen = {"calibrated": [record.get("scores", {}).get("data", {})], "recovered": []}
+    seen = {"calibrated": [_scored(record), *record["base"].get("scored", ())], "recovered": []}
     for recovery in (record.get("recovery"), record["base"].get("recovery")):
         while recovery:
             seen["recovered"] += [recovery.get("data", {}), recovery.get("held_out", {})]

@@ -14,7 +14,7 @@ from compressor.artefact import load_scores
 from compressor.comparison import measure_speed
 from compressor.config import Recipe
 from compressor.console import log
-from compressor.contenders import check_same_model, recovery_of
+from compressor.contenders import check_same_model, history_of
 from compressor.criteria import criterion
 from compressor.environment import versions
 from compressor.errors import RecipeError
@@ -130,6 +130,11 @@ def carry_out(decision: Decision, recipe: Recipe) -> dict[str, Any]:
 def _text_for(loaded: LoadedModel, decision: Decision, recipe: Recipe) -> tuple[list[Batch], dict[str, Any]]:
     """Calibration text for the repair, what was scored or what the recipe names, and what identifies the latter."""
     if decision.scored is not None:
+        settings = decision.scored["settings"]
+        if recipe.data is not None and recipe.data != settings["data"]:
+            log.warning(
+                f"the repair is on the text that was scored, {settings['data'] or 'the default'}, not {recipe.data}"
+            )
         return calibration_of(loaded, recipe, decision.scored), {}
     data = data_for(loaded, recipe)
     log.info(data.describe()[0])
@@ -217,5 +222,5 @@ def base_of(recipe: Recipe, identity: Any, task: str) -> dict[str, Any]:
         "revision": recipe.revision,
         "identity": identity,
         "task": task,
-        "recovery": recovery_of(recipe.model or ""),
+        **history_of(recipe.model or ""),
     }

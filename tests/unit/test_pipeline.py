@@ -867,6 +867,22 @@ def test_documents_that_chose_the_heads_are_no_evaluation(
     assert snapshot(here) == before
     document = compressor.bench(against=[pruned.checkpoint], **QUICK, random_seeds=2).document  # the text of the scores
     assert document["data"]["name"] == other.name
+    # Pruned once more by other text, it still remembers the first.
+    compressor.score(model=str(pruned.checkpoint), data=str(other), output_dir="again")
+    twice = compressor.prune(scores="again", criterion="gt-fep", export=True, repair=False, output_dir="twice")
+    assert twice.checkpoint is not None
+    with pytest.raises(DataError, match="4 of the 4 documents of mine.* calibrated"):
+        compressor.bench(against=[twice.checkpoint], data=str(mine), eval_data=str(mine.parent / "71.jsonl"), **QUICK)
+
+
+def test_a_part_of_the_text_is_remembered(here: Path, models: dict[str, str], tmp_path: Path) -> None:
+    records = [{"question": f"w{n} w{n + 1} w1", "answer": f"w2 w{n} w3"} for n in range(3, 33)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    compressor.score(model=models["gpt2"], data=str(tmp_path / "qa.jsonl"), part="answer", output_dir="s")
+    pruned = compressor.prune(scores="s", export=True, repair=False)
+    measured = compressor.bench(against=[pruned.checkpoint], random_seeds=2, **QUICK).document["data"]
+    plain = compressor.bench(against=[pruned.checkpoint], random_seeds=2, part="question", **QUICK).document["data"]
+    assert measured["fingerprint"] != plain["fingerprint"]
 
 
 def test_pruning_by_saturated_scores_is_warned_of(
