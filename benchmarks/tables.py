@@ -195,6 +195,30 @@ def budgets_table(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", caption + "."])
 
 
+def pairs_table(document: dict[str, Any]) -> str:
+    """Rise of perplexity by how heads were chosen from the loss game, for both scopes; the lowest in bold."""
+    cells: dict[str, dict[str, tuple[float, str]]] = {}
+    for row in document["rows"][1:]:
+        scope, _, way = row["name"].partition(", ")
+        found = document["differences"][scope]["against"].get(row["name"])
+        mark = " ≈" if found is not None and undecided(found) else ""
+        change = row["perplexity_change"]
+        cells.setdefault(way, {})[scope] = (change, f"{change:+.2%}{mark}")
+    best = {scope: min(found[scope][0] for found in cells.values()) for scope in ("layer", "global")}
+    lines = [_line("heads chosen by", "layer", "global"), _line(*["---"] * 3)]
+    for way, found in cells.items():
+        marked = [f"**{text}**" if value == best[scope] else text for scope, (value, text) in found.items()]
+        lines.append(_line(way, *marked))
+    data, calibration, dense = document["evaluation"], document["calibration"], document["rows"][0]
+    caption = (
+        f"{document['model']} without {document['settings']['ratio']:.0%} of its heads, repaired: rise of the "
+        f"perplexity on {data['documents']:,} documents of {data['name']}, dense {dense['perplexity']:.3f}; calibrated "
+        f"on {calibration['documents']:,} documents of {calibration['name']}, by slopes from as many passes over them; "
+        "≈: not told apart from the single rises of one pass."
+    )
+    return "\n".join([*lines, "", caption])
+
+
 def speed_table(document: dict[str, Any]) -> str:
     """Tokens per second, and what the saved FLOPs alone would promise."""
     lines = [_line("model", "FLOPs", "promised", "prefill tokens/s", "speed-up", "decode tokens/s", "speed-up")]
@@ -281,6 +305,7 @@ TABLES = {
     "quality": quality_table,
     "speed": speed_table,
     "budgets": budgets_table,
+    "pairs": pairs_table,
     "models": models_table,
     "scoring": scoring_table,
     "game": game_table,

@@ -221,3 +221,46 @@ def test_budgets_follow_the_verbs(tables: ModuleType, models: dict[str, str], te
     written = tables.table(document)
     assert "| `loss-game`, repaired, recovered |" in written
     assert f"{rows['as cut']['perplexity_change']:+.2%}" in written
+
+
+def test_pair_dividends_are_those_of_a_quadratic_game() -> None:
+    run = script("pairs")
+    generator = torch.Generator().manual_seed(0)
+    units, windows = 5, 4000
+    pairs = torch.randn(units, units, generator=generator, dtype=torch.float64)
+    pairs = pairs + pairs.T
+    single = torch.randn(units, generator=generator, dtype=torch.float64)
+    drawn = torch.rand(windows, units, generator=generator, dtype=torch.float64)
+    removed = drawn * (torch.rand(windows, units, generator=generator, dtype=torch.float64) < 0.4)
+    tokens = torch.randint(5, 20, (windows,), generator=generator).double()
+    slope = tokens[:, None] * (single + removed @ pairs)  # of the loss r · single + r · pairs · r / 2
+    found = run.pair_dividends(run.Slopes(slope, removed, tokens, torch.arange(windows)), 1e-9)
+    expected = pairs.clone().fill_diagonal_(0)
+    assert torch.allclose(found, expected, atol=0.1)
+    assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize(("scope", "count"), [("layer", 4), ("global", 3)])
+def test_heads_leave_by_what_the_ones_before_leave_them_worth(scope: str, count: int) -> None:
+    run = script("pairs")
+    rise = torch.tensor([1.0, 2.0, 3.0, 1.5, 2.5, 9.0])
+    pairs = torch.zeros(6, 6)
+    pairs[0, 3] = pairs[3, 0] = 100.0  # the other one of a redundant pair
+    gone = run.greedy(rise, pairs, [3, 3], 0.5, scope)
+    assert len(gone) == count
+    assert gone[:3] == [0, 1, 4]
+
+
+def test_pairs_are_set_beside_singles_and_rounds(tables: ModuleType, models: dict[str, str], texts: str) -> None:
+    run = script("pairs")
+    settings = COMMON | {"passes": 2, "batch_size": 4}
+    document = run.pairs(argparse.Namespace(**settings, model=models["gpt2"], data=texts))
+    document = json.loads(to_json(document | {"model": "tiny"}))
+    assert len(document["rows"]) == 15
+    for row in document["rows"][1:]:
+        scope = row["name"].split(",")[0]
+        assert row["plan"]["scope"] == scope
+        assert row["plan"]["removed_heads"] == (4 if scope == "layer" else 3)
+    written = tables.table(document)
+    assert "| 2 rounds |" in written
+    assert "| 2 passes, pairs, ridge 100 |" in written
