@@ -59,7 +59,8 @@ class Passes:
         for batch, given in zip(self.batches, self.given, strict=True):
             output = map_leaves(self._back, given)
             with torch.no_grad(), evaluating(self.module), without(self.module.model, self.blocks[: self.done], output):
-                yield batch, see(self.module, batch, points)
+                found = see(self.module, batch, points)
+            yield batch, found
 
     def advance(self, block: int, points: Sequence[Point] = ()) -> Iterator[tuple[Batch, list[list[Any]]]]:
         """As `look`, while running up to the end of a block; later passes begin there."""
