@@ -14,7 +14,7 @@ from compressor.damage import Site, linear_at, site_of
 from compressor.errors import ModelError
 from compressor.mlp import check_channels, mlp_layers, prune_channels
 from compressor.module import Batch, LanguageModel
-from compressor.repair import repair
+from compressor.repair import is_shared, repair
 from compressor.types import PruningPlan, Task
 
 
@@ -31,6 +31,7 @@ def remove(
 
     Raises:
         PlanError: the plan does not fit the model, or cannot be carried out.
+        ModelError: a repair met what is not finite; maps before that are changed.
     """
     done: list[dict[str, Any]] | None = None
     if calibration is not None or (plan.heads and plan.channels):
@@ -48,13 +49,23 @@ def remove(
 
 
 def silence(model: PreTrainedModel, task: Task, plan: PruningPlan, calibration: Sequence[Batch] | None) -> None:
-    """Give what a plan removes zero weights, after a repair on calibration text, where there is any; cut nothing."""
+    """Give what a plan removes zero weights, after a repair on calibration text, where there is any; cut nothing.
+
+    Raises:
+        ModelError: another module holds such a weight too.
+    """
+    sites = sites_of(model)
+    for structure, layer, site in sites:
+        if getattr(plan, structure).get(layer) and is_shared(model, site):
+            raise ModelError(
+                f"{site.module} shares its weight with another module, which may keep what leaves; prune in one round"
+            )
     if calibration is not None:
         _repair(model, task, plan, calibration)
         return
-    for structure, layer, site in _sites(model):
-        part = linear_at(model, site)
-        places = [place for unit in getattr(plan, structure).get(layer, ()) for place in site.entries[unit]]
+    for structure, layer, site in sites:
+        part, entries = linear_at(model, site), site.entries
+        places = [place for unit in getattr(plan, structure).get(layer, ()) for place in entries[unit]]
         weight = part.get_parameter("weight").detach()
         weight.index_fill_(side(part, "inputs"), torch.tensor(places, dtype=torch.long, device=weight.device), 0)
 
@@ -62,14 +73,14 @@ def silence(model: PreTrainedModel, task: Task, plan: PruningPlan, calibration: 
 def _repair(
     model: PreTrainedModel, task: Task, plan: PruningPlan, calibration: Sequence[Batch]
 ) -> list[dict[str, Any]]:
-    sites = _sites(model)
+    sites = sites_of(model)
     losing = [(site, getattr(plan, structure).get(layer, ())) for structure, layer, site in sites]
     places = {site.module: {"structure": structure, "layer": layer} for structure, layer, site in sites}
     repaired = repair(LanguageModel(model, task), calibration, losing, [site for *_, site in sites])
     return [{**places[entry.site], **entry.to_dict()} for entry in repaired]
 
 
-def _sites(model: PreTrainedModel) -> list[tuple[str, int, Site]]:
+def sites_of(model: PreTrainedModel) -> list[tuple[str, int, Site]]:
     """(structure, layer, where it hands on what it found) of every layer of heads, and every MLP."""
     layers = [layer for layer in attention_layers(model) if layer.num_heads]  # an emptied one hands nothing on
     found = [("heads", layer.index, site_of(layer, layer.num_heads)) for layer in layers]

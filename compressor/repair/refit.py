@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from compressor.attention.linear import side
 from compressor.console import log, track
@@ -24,7 +25,7 @@ from compressor.errors import ModelError
 from compressor.measure.sums import float64_device
 from compressor.module import Batch, LanguageModel
 from compressor.repair.passes import Passes, Point, blocks_of, see
-from compressor.repair.solve import Task, held_out, least_squares, moments_of_inputs, moments_of_streams, rows_of
+from compressor.repair.solve import HELD, Task, held_out, least_squares, moments_of_inputs, moments_of_streams, rows_of
 from compressor.repair.stream import streams
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of an input's mean square
@@ -67,11 +68,13 @@ def repair(
         others: sites that lose nothing. Those behind the first that does are refitted, where there is a stream.
 
     Raises:
-        ModelError: activations are not finite, or a site of the plan is no linear map.
+        ModelError: activations are not finite, or a site of the plan is no linear map. Maps that were refitted before
+            that was found stay as they then are.
     """
     losing = [(site, sorted(gone)) for site, gone in plan if gone]
     if not losing:
         return []
+    kinds = {bool(kind) for batch in batches for kind in held_out(batch)}
     sample = _sample(batches[0])
     tasks = _tasks(module, sample, losing, others)
     found: list[Repair] = []
@@ -81,7 +84,9 @@ def repair(
             done()
     lost = {site.module for site, _ in losing}
     worse = sum(entry.ridge is None for entry in found if entry.site in lost)
-    if worse:
+    if len(kinds) < 2:
+        log.warning(f"nothing is repaired: of fewer than {HELD} documents none can be held out; give more --samples")
+    elif worse:
         log.warning(
             f"repair helps {len(losing) - worse} of {len(losing)} maps; the others just lose what leaves, for no refit "
             "helped on the documents held out; more --samples may"
@@ -112,12 +117,17 @@ def _tasks(
     first = next(place for place, site in enumerate(ranked) if site.module in lost)
     behind = ranked[first:]
     found = zip(behind, streams(module, sample, behind), strict=True)
-    weights = [weight.data_ptr() for part in module.model.modules() for weight in part.parameters(recurse=False)]
     tasks = []
     for site, stream in found:
-        shared = weights.count(linear_at(module.model, site).get_parameter("weight").data_ptr()) > 1
+        shared = is_shared(module.model, site)
         tasks.append(Task(site, lost.get(site.module, ()), None if shared else stream, shared))
     return [task for task in tasks if task.gone or task.stream is not None]
+
+
+def is_shared(model: nn.Module, site: Site) -> bool:
+    """Whether another module holds the weight of a site's map too, and may keep what leaves there."""
+    own = linear_at(model, site).get_parameter("weight").data_ptr()
+    return sum(weight.data_ptr() == own for part in model.modules() for weight in part.parameters(recurse=False)) > 1
 
 
 def _exhaust(passes: Iterator[Any]) -> None:
@@ -128,6 +138,8 @@ def _walk(module: LanguageModel, batches: Sequence[Batch], sample: Batch, tasks:
     """Refit map after map. Of every block, the dense model's streams are noted before anything in it is changed."""
     names = [task.site.module for task in tasks]
     blocks = blocks_of(module, sample, [Point(task.site.module, times=task.site.uses) for task in tasks])
+    if not blocks and len(tasks) > 2:
+        log.info("blocks depend on more than the one before: the repair of every map takes a pass through all of them")
     dense, slim = Passes(module, batches, blocks), Passes(module, batches, blocks)
     homes = [next((n for n, block in enumerate(blocks) if name.startswith(f"{block}.")), 0) for name in names]
     if blocks and homes[0]:
@@ -150,7 +162,8 @@ def _targets(dense: Passes, tasks: Sequence[Task], block: int | None) -> dict[st
     """
     followed = [task for task in tasks if task.stream is not None]
     targets: dict[str, tuple[list[torch.Tensor], float]] = {task.site.module: ([], 0.0) for task in tasks}
-    squares, held_rows = dict.fromkeys(targets, 0.0), 0
+    squares = {name: [0.0, 0.0] for name in targets}
+    counts = [0, 0]
     points = [Point(task.site.module, None) for task in followed]
     points += [task.stream.point for task in followed if task.stream is not None]
     if not points:
@@ -159,13 +172,17 @@ def _targets(dense: Passes, tasks: Sequence[Task], block: int | None) -> dict[st
         return targets
     for batch, found in dense.look(points) if block is None else dense.advance(block, points):
         held = held_out(batch)
-        held_rows += int(held.sum())
+        for kind in range(2):
+            counts[kind] += int((held == bool(kind)).sum())
         for task, (outputs,), (seen,) in zip(followed, found[: len(followed)], found[len(followed) :], strict=True):
             name = task.site.module
             targets[name][0].append(rows_of(seen, -1, batch).cpu())
-            own = rows_of(outputs, -1, batch)[held.to(outputs.device)]
-            squares[name] += float(own.to(float64_device(own.device)).double().square().sum())
-    return {name: (rows, squares[name] / max(1, held_rows)) for name, (rows, _) in targets.items()}
+            own = rows_of(outputs, -1, batch)
+            own = own.to(float64_device(own.device)).double().square().sum(1)
+            for kind in range(2):
+                squares[name][kind] += float(own[held.to(own.device) == bool(kind)].sum())
+    told = slice(1, 2) if all(counts) else slice(0, 2)  # of all documents, where none is held out
+    return {name: (rows, sum(squares[name][told]) / sum(counts[told])) for name, (rows, _) in targets.items()}
 
 
 def _refit(slim: Passes, task: Task, streams: Sequence[torch.Tensor], square: float) -> Repair:
@@ -175,8 +192,9 @@ def _refit(slim: Passes, task: Task, streams: Sequence[torch.Tensor], square: fl
     axis = side(part, "inputs")
     weight, bias = part.get_parameter("weight").detach(), getattr(part, "bias", None)
     home = float64_device(weight.device)
-    rows = weight.movedim(axis, 0).flatten(1).to(home, torch.float64, copy=True)  # [inputs, outputs]
-    leaving = torch.tensor([place for unit in task.gone for place in site.entries[unit]], dtype=torch.long, device=home)
+    rows = weight.movedim(axis, 0).flatten(1).to(home, copy=True).double()  # [inputs, outputs]
+    entries = site.entries
+    leaving = torch.tensor([place for unit in task.gone for place in entries[unit]], dtype=torch.long, device=home)
 
     def silence() -> None:
         if not task.shared:
@@ -185,7 +203,7 @@ def _refit(slim: Passes, task: Task, streams: Sequence[torch.Tensor], square: fl
     if task.stream is None:
         moments = moments_of_inputs(slim, task, rows, leaving)
         silence()
-        constant = torch.zeros_like(rows[:1]) if bias is None else bias.detach().to(rows)[None]
+        constant = torch.zeros_like(rows[:1]) if bias is None else bias.detach().to(home).double()[None]
         whole = torch.cat([rows, constant])
         square = float((whole * (moments.inputs[1] @ whole)).sum())
     else:  # which lacks what leaves, once that is silent

@@ -14,10 +14,11 @@ from compressor.attention.linear import channel_axis
 from compressor.damage.gates import Site, linear_at
 from compressor.damage.slopes import moved
 from compressor.measure._forward import evaluating
+from compressor.measure.sums import float64_device
 from compressor.module import Batch, LanguageModel
 from compressor.repair.passes import Point
 
-STEP = 1.0  # of the outputs' root mean square, by which they are moved
+STEP = 64.0  # times the outputs' root mean square they are moved by: far above the rounding of a large stream
 NEAR = 0.05  # of a step: how far what moves by it may be off, and how large the rounding where that can be told
 
 Seen = tuple[str, int | str, torch.Tensor]  # module, argument, and what it was
@@ -51,19 +52,24 @@ def _stream(module: LanguageModel, sample: Batch, site: Site, before: list[Seen]
     if [entry[:2] for entry in before] != [entry[:2] for entry in after]:
         return None
     calls = [entry[:2] for entry in before]
-    size = float(step.square().mean().sqrt())
+    size, rounding = float(step.square().mean().sqrt()), torch.finfo(part.get_parameter("weight").dtype).eps
     for (name, argument, old), (_, _, new) in zip(before, after, strict=True):
         if old.shape != outputs.shape or calls.count((name, argument)) > 1:
             continue
-        told = old.abs().maximum(new.abs()).double() * torch.finfo(old.dtype).eps < NEAR * size
-        if told.double().mean() < 0.5:
+        told = old.abs().maximum(new.abs()) * rounding < NEAR * size
+        if told.sum() < told.numel() / 2:
             continue
-        here, by = (new - old).double()[told], step[told]
+        here, by = (new - old)[told], step[told]
         scale = float((here @ by) / (by @ by))
-        alone = (old.double() - scale * outputs.double())[told].norm() <= NEAR * old.double()[told].norm()
+        alone = (old - scale * outputs)[told].norm() <= NEAR * old[told].norm()
         if scale and (here - scale * by).norm() <= NEAR * abs(scale) * by.norm() and not alone:
             return Stream(Point(name, argument), scale)
     return None
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in float64, where the device has it."""
+    return tensor.detach().to(float64_device(tensor.device), copy=True).double()
 
 
 def _inputs(
@@ -78,15 +84,15 @@ def _inputs(
             named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
             for argument, value in named:
                 if isinstance(value, torch.Tensor) and value.is_floating_point():
-                    seen.append((name, argument, value.detach().clone()))
+                    seen.append((name, argument, _wide(value)))
 
         return given
 
     def shake(_: nn.Module, __: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        size = float(output.double().square().mean().sqrt()) or 1.0
+        size = float(_wide(output).square().mean().sqrt()) or 1.0
         step = STEP * size * torch.randn(output.shape, generator=generator).to(output)
-        kept[:] = [output.detach().clone(), ((output + step) - output).double()]
+        kept[:] = [_wide(output), _wide(output + step) - _wide(output)]
         return output + step
 
     with ExitStack() as stack:

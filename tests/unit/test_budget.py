@@ -190,6 +190,7 @@ def test_plans_are_ready_for_json(scope, allow_empty):
         "predicted": None,
         "structures": ["heads"],
         "align": 8,
+        "rounds": 1,
         "edited": False,
         "channels_per_layer": [],
         "removed_channels": 0,

@@ -10,6 +10,7 @@ from compressor.damage import site_of
 from compressor.errors import ModelError
 from compressor.mlp import mlp_layers
 from compressor.module import LanguageModel
+from compressor.removal import sites_of
 from compressor.repair import HELD, RIDGES, refit, repair
 from compressor.repair.passes import Point, blocks_of
 from compressor.repair.stream import streams
@@ -287,12 +288,19 @@ def test_where_nothing_helps_weights_stay(prepared, caplog, monkeypatch):
     assert "repair helps 0 of 1 maps" in caplog.text
 
 
-def test_without_documents_to_hold_out_nothing_is_fitted(prepared):
+def test_without_documents_to_hold_out_nothing_is_fitted(prepared, caplog):
     """A fit to one document looks perfect to that document alone."""
     module, batches, sites = prepared("gpt2", batches=1, rows=1)
     before = weight_of(module, sites[0]).clone()
+    whole = copy.deepcopy(module)
     (found,) = repair(module, batches, [(sites[0], [1])])
     assert (found.ridge, found.condition) == (None, None)
+    assert "nothing is repaired: of fewer than 5 documents none can be held out" in caplog.text
+    rows = inputs_of(whole, sites[0], batches, held=False)
+    weight, bias = weight_of(whole, sites[0]), whole.model.get_submodule(sites[0].module).bias.detach()
+    lost = rows[:, sites[0].entries[1]] @ weight[sites[0].entries[1]]
+    assert found.before == found.after
+    assert found.before == pytest.approx(float(lost.square().sum() / (rows @ weight + bias).square().sum()), rel=1e-8)
     before[sites[0].entries[1]] = 0
     assert torch.equal(weight_of(module, sites[0]), before)
 
@@ -334,3 +342,28 @@ def test_nothing_to_remove_is_nothing_to_repair(prepared):
     before = copy.deepcopy(module.state_dict())
     assert repair(module, batches, [(site, []) for site in sites]) == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "falcon", "gpt_oss", "phi3", "cohere"])
+def test_blocks_of_other_builds_are_repaired_too(prepared, kind):
+    """Blocks that share keys, that compute in parallel and add in place, whose MLPs are experts or fused."""
+    module, batches, sites = prepared(kind)
+    everything = [site for *_, site in sites_of(module.model)]
+    before = module.losses(batches[0])[0].sum()
+    found = repair(module, batches, [(sites[0], [1])], everything)
+    assert found[0].site == sites[0].module
+    assert 0 < found[0].after <= found[0].before
+    assert all(entry.after <= entry.before for entry in found)
+    assert torch.isfinite(module.losses(batches[0])[0]).all()
+    assert module.losses(batches[0])[0].sum() != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streams_far_larger_than_what_a_map_adds_are_found(prepared, dtype):
+    module, batches, _ = prepared("llama")
+    with torch.no_grad():
+        module.model.model.embed_tokens.weight.mul_(100)
+    module.to(dtype)
+    found = streams(module, batches[0], all_sites(module))
+    assert [stream.point.module for stream in found if stream] == STREAMS["llama"]
+    assert [stream.scale for stream in found if stream] == pytest.approx([1.0] * 4, rel=0.02)
