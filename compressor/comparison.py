@@ -270,7 +270,7 @@ def _verdict(rows: list[dict[str, Any]], random: dict[str, Any] | None, differen
         phrases.append((random["mean"], f"random ({spread})"))
     words = [phrase for _, phrase in sorted(phrases)]
     rank = ""
-    if random is not None and reference is not None:
+    if random is not None and reference in random["draws_beaten"]:
         rank = f"; {reference} beats {random['draws_beaten'][reference]} of the {random['draws']} random draws"
     if len(words) == 1:
         return f"{words[0]} against the dense model{rank}"
