@@ -82,7 +82,8 @@ def budgets(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             row["channels_removed"] = {str(index): len(gone) for index, gone in run.plan.channels.items()}
     return {
         "suite": "budgets",
-        **{name: measured[name] for name in ("rows", "random", "data", "settings")},
+        **{name: measured[name] for name in ("rows", "data", "settings")},
+        "random": _draws_renamed(measured["random"], names),
         "differences": _renamed(measured["differences"], names),
         "target_flops": args.target_flops,
         "calibration": {name: runs["repaired"].document["scores"]["data"][name] for name in ("name", "documents")},
@@ -96,6 +97,15 @@ def _renamed(differences: dict[str, Any] | None, names: dict[str, str]) -> dict[
         return None
     against = {names.get(name, name): found for name, found in differences["against"].items()}
     return {**differences, "reference": names[differences["reference"]], "against": against}
+
+
+def _draws_renamed(random: dict[str, Any] | None, names: dict[str, str]) -> dict[str, Any] | None:
+    """What is said of random draws, likewise."""
+    if random is None:
+        return None
+    beaten = {names.get(name, name): count for name, count in random["draws_beaten"].items()}
+    best = [names.get(name, name) for name in random["best_draw_beaten_by"]]
+    return {**random, "draws_beaten": beaten, "best_draw_beaten_by": best}
 
 
 def _recovery(record: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:

@@ -144,23 +144,14 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name):g}; expected {what} between 0 and 1, both excluded")
         if self.deployable and self.scope == "global":
             raise RecipeError("deployable means as many in every layer, and scope is 'global'; leave out one")
-        if self.until_stable and self.target is not None:
-            raise RecipeError("until_stable watches the heads that a ratio removes; give no target while scoring")
         for name in self.structures or ():
             if name not in STRUCTURES:
                 hint = did_you_mean(name, STRUCTURES)
                 raise RecipeError(f"structures names {name!r}{hint}; expected heads, channels or heads,channels")
         if self.structures is not None and len(set(self.structures)) != (len(self.structures) or -1):
             raise RecipeError("structures is empty or names one twice; expected heads, channels or heads,channels")
-        settled: dict[str, Any] = {}
         if not given:
-            settled["ratio"] = DEFAULT_RATIO
-        if self.scope is None:
-            settled["scope"] = "layer" if self.deployable or self.target is None else "global"
-        if self.deployable and self.unit == "head":
-            settled["unit"] = "query"  # the same where no keys are shared
-        for name, value in settled.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, "ratio", DEFAULT_RATIO)
 
     @property
     def target(self) -> tuple[str, float] | None:
@@ -169,6 +160,16 @@ class Recipe:
             if (share := getattr(self, name)) is not None:
                 return name.removeprefix("target_"), share
         return None
+
+    @property
+    def scope_in_force(self) -> str:
+        """The `scope`, where none is given the one that goes with the budget."""
+        return self.scope or ("layer" if self.deployable or self.target is None else "global")
+
+    @property
+    def unit_in_force(self) -> str:
+        """The `unit`; what is deployable takes as many heads of every group, the same where no keys are shared."""
+        return "query" if self.deployable and self.unit == "head" else self.unit
 
     @property
     def calibration_data(self) -> str:

@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 
 from compressor.attention import attention_layers
 from compressor.attention.trial import check_plan
-from compressor.budget import COSTS, SCOPES, UNITS
+from compressor.budget import COSTS, SCOPES, STRUCTURES, UNITS
 from compressor.config import Recipe
 from compressor.contenders import check_same_model
 from compressor.errors import ArtefactError, PlanError, RecipeError
 from compressor.files import read_json
+from compressor.measure.latency import LatencyTable
 from compressor.mlp import mlp_layers
+from compressor.preparation import TEXT_SETTINGS
 from compressor.pruning import Decision, base_of, load_as_stored
 from compressor.types import PruningPlan, Scores
 
@@ -46,14 +48,51 @@ def read_plan(path: Path) -> dict[str, Any]:
             raise PlanError(
                 f"{name} of the plan in {path} are no lists by layer; expected something like {{'0': [1, 2]}}"
             )
-    kinds = {"base": dict, "scores": dict, "latency_table": dict}
-    wrong = [name for name, kind in kinds.items() if not isinstance(document.get(name, kind()), kind)]
-    wrong += [
-        name for name in ("data", "settings", "seed") if document.get("scores") and name not in document["scores"]
-    ]
+    known = {"base": _is_base, "scores": _is_scored, "latency_table": _is_table}
+    wrong = [name for name, fits in known.items() if name in document and not fits(document[name])]
     if wrong:
-        raise PlanError(f"{wrong[0]} in {path} is damaged; write the plan again with `compress prune --dry-run --json`")
+        raise _damaged(wrong[0], path)
     return document
+
+
+def _damaged(name: str, path: Path) -> PlanError:
+    return PlanError(
+        f"{name} in {path} is missing or damaged; write the plan again with `compress prune --dry-run --json`"
+    )
+
+
+def _is_base(written: object) -> bool:
+    texts = written.get("scored", []) if isinstance(written, dict) else None
+    return isinstance(texts, list) and all(map(_is_text, texts))
+
+
+def _is_text(written: object) -> bool:
+    """Whether this can be `data` of a scoring run."""
+    hashes = written.get("hashes", []) if isinstance(written, dict) else None
+    return isinstance(hashes, list) and all(isinstance(one, str) for one in hashes)
+
+
+def _is_scored(written: object) -> bool:
+    """Whether this tells a text to repair on, or nothing at all."""
+    if not isinstance(written, dict) or not written:
+        return written == {}
+    data, settings = written.get("data"), written.get("settings")
+    return (
+        isinstance(settings, dict)
+        and settings.keys() >= set(TEXT_SETTINGS)
+        and _is_text(data)
+        and isinstance(data, dict)
+        and "fingerprint" in data
+        and "seed" in written
+    )
+
+
+def _is_table(written: object) -> bool:
+    try:
+        points = LatencyTable.of(written).points  # type: ignore[arg-type]  # then it raises
+        return bool(points) and all(of[0][1] > 0 for of in points.values())
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return False
 
 
 def refuse_rules(settings: Mapping[str, Any]) -> None:
@@ -90,11 +129,20 @@ def follow(given: Mapping[str, Any], path: Path, evidence: Scores | None, direct
     if evidence is not None:
         check_same_model(loaded, evidence, directory)
     plan = _checked(given["plan"], path, loaded.model)
+    priced = given.get("latency_table", {}).get("points", {}).keys()
+    by_clock = plan.target is not None and plan.target[0] == "latency" and not plan.edited
+    if by_clock and not set(plan.structures) <= priced:  # rivals are held to the same seconds
+        raise _damaged("latency_table", path)
+    base = base_of(recipe, loaded.identity, loaded.task)
+    chosen_on = [given.get("scores", {}).get("data")] if evidence is not None else []
+    for text in (*given.get("base", {}).get("scored", ()), *chosen_on):
+        if text and text not in base["scored"] and (evidence is None or text != evidence.facts["data"]):
+            base["scored"] = [text, *base["scored"]]
     document: dict[str, Any] = {
         "plan": plan.to_dict(),
         "given": path.name,
         "removed_in_resamples": None,
-        "base": base_of(recipe, loaded.identity, loaded.task),
+        "base": base,
     }
     if "latency_table" in given:
         document["latency_table"] = given["latency_table"]
@@ -121,6 +169,7 @@ def _checked(written: Mapping[str, Any], path: Path, model: PreTrainedModel) -> 
     if not heads and not channels:
         raise PlanError(f"the plan in {path} removes nothing; name heads or channels")
     ratio, target, align = written.get("ratio"), written.get("target"), written.get("align", 8)
+    structures, rounds, predicted = written.get("structures", []), written.get("rounds", 1), written.get("predicted")
     wrong = {
         "ratio": ratio is not None and not _is_share(ratio),
         "target": target is not None and not _is_target(target),
@@ -128,11 +177,14 @@ def _checked(written: Mapping[str, Any], path: Path, model: PreTrainedModel) -> 
         "scope": written.get("scope", "layer") not in SCOPES,
         "unit": written.get("unit", "head") not in UNITS,
         "seed": type(written.get("seed")) not in (int, type(None)),
+        "rounds": type(rounds) is not int or rounds < 1,
+        "predicted": predicted is not None and type(predicted) not in (int, float),
+        "structures": not isinstance(structures, list) or not all(name in STRUCTURES for name in structures),
     }
     if any(wrong.values()):
         name = next(name for name in wrong if wrong[name])
         raise PlanError(f"{name} of the plan in {path} is {written[name]!r}, which no run of ours writes; mend it")
-    structures = {*written.get("structures", ()), *(["heads"] if heads else []), *(["channels"] if channels else [])}
+    named_ones = {*structures, *(["heads"] if heads else []), *(["channels"] if channels else [])}
     plan = PruningPlan(
         heads=heads,
         criterion=str(written.get("criterion", "by hand")),
@@ -145,13 +197,17 @@ def _checked(written: Mapping[str, Any], path: Path, model: PreTrainedModel) -> 
         channels=channels,
         channels_per_layer=tuple(widths),
         target=next(iter(target.items())) if target else None,
-        structures=tuple(name for name in ("heads", "channels") if name in structures),
+        structures=tuple(name for name in STRUCTURES if name in named_ones),
         align=align,
-        predicted=written.get("predicted"),
+        predicted=predicted,
+        rounds=rounds,
         edited=written.get("edited") is True,
     )
     unruled = plan.ratio is None and plan.target is None
-    edited = plan.edited or unruled or plan.fingerprint != written.get("fingerprint")
+    whole = written.get("fingerprint") == plan.fingerprint
+    if "fingerprint" not in written:  # older versions wrote none, and by hand nobody counts
+        whole = "heads_per_layer" in written and written.get("removed_heads") == plan.removed
+    edited = plan.edited or unruled or not whole
     return replace(plan, edited=edited, predicted=None if edited else plan.predicted)
 
 

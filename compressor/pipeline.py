@@ -30,7 +30,7 @@ from compressor.files import to_json
 from compressor.given import follow, read_plan, refuse_rules
 from compressor.loading import EMBEDDED
 from compressor.preparation import calibration_of, data_for, load_for
-from compressor.pruning import carry_out, decide, of_the_model, scores_in
+from compressor.pruning import carry_out, check_choice, decide, of_the_model, scores_in
 from compressor.recovery import recover_checkpoint
 from compressor.reproduction import published_figures, reproduce
 from compressor.resumption import request_of, state_directory
@@ -144,7 +144,8 @@ def prune(
         config, output_dir, force, settings: as for `score`.
     """
     recipe = resolve(config, settings)
-    criterion(recipe.criterion)
+    if plan is None:
+        check_choice(recipe)
     if not dry_run:
         check_output(output_dir, force)
     given = None
@@ -286,7 +287,7 @@ def run(
 ) -> WholeRun:
     """Score, prune, export and bench in one directory: `scores/`, `pruned/checkpoint/` and `bench/`."""
     recipe = _naming(resolve(config, settings), EMBEDDED)
-    criterion(recipe.criterion)  # a misspelt name should not cost a scoring epoch
+    check_choice(recipe)
     with result_directory("run", recipe, output_dir, force) as (staged, target):
         common = {name: value for name, value in asdict(recipe).items() if value is not None}
         scored = score(output_dir=staged / "scores", **common)

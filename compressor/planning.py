@@ -55,12 +55,11 @@ def structures_of(recipe: Recipe, rule: Criterion, evidence: Scores) -> tuple[st
 
 def rule_of_recipe(recipe: Recipe, structures: tuple[str, ...]) -> Rule:
     """The rule that a recipe asks for."""
-    assert recipe.scope is not None
     return Rule(
         ratio=recipe.ratio,
         target=recipe.target,
-        scope=recipe.scope,
-        unit=recipe.unit,
+        scope=recipe.scope_in_force,
+        unit=recipe.unit_in_force,
         structures=structures,
         align=recipe.align,
         allow_empty=recipe.allow_empty,

@@ -15,6 +15,7 @@ from compressor.errors import ArtefactError, DataError, ModelError, RecipeError
 from compressor.loading import LoadedModel, load_model
 from compressor.module import Batch
 
+TEXT_SETTINGS = ("data", "eval_data", "part", "samples", "max_length")  # what says which text a model was scored on
 WINDOW = 2048  # tokens of a sequence, unless more are asked for: attention over a long context is another benchmark
 
 
@@ -74,8 +75,7 @@ def calibration_of(loaded: LoadedModel, recipe: Recipe, scored: Mapping[str, Any
         ArtefactError: the text is not what it was.
         CompressorError: it cannot be read.
     """
-    names = ("data", "eval_data", "part", "samples", "max_length")
-    settings = {name: scored["settings"][name] for name in names}
+    settings = {name: scored["settings"][name] for name in TEXT_SETTINGS}
     try:
         data = data_for(loaded, replace(recipe, **settings, seed=scored["seed"], until_stable=False))
     except DataError as error:

@@ -33,7 +33,7 @@ from compressor.planning import (
 )
 from compressor.preparation import calibration_of, data_for, load_for
 from compressor.removal import remove
-from compressor.rounds import check_rounds, in_rounds
+from compressor.rounds import check_rounds, in_rounds, rounds_worth_making
 from compressor.stability import shares_removed
 from compressor.types import PruningPlan, Scores, UnitScores
 
@@ -53,6 +53,18 @@ class Decision:
     scored: Mapping[str, Any] | None
 
 
+def check_choice(recipe: Recipe) -> None:
+    """Refuse what no scores can answer, before a scoring epoch is spent on it.
+
+    Raises:
+        RecipeError: there is no such criterion, or it knows no rounds or no channels where these are asked for.
+    """
+    by = criterion(recipe.criterion)
+    check_rounds(by.name, recipe.rounds)
+    if "channels" in (recipe.structures or ()):
+        by.check_channels()
+
+
 def decide(evidence: Scores, directory: Path, recipe: Recipe, dry_run: bool) -> Decision:
     """Choose what leaves by the scores in a directory. A dry run loads the model only where a target needs prices.
 
@@ -60,7 +72,6 @@ def decide(evidence: Scores, directory: Path, recipe: Recipe, dry_run: bool) -> 
         CompressorError: the scores do not fit the recipe or the model, or the target is out of reach.
     """
     by = criterion(recipe.criterion)
-    check_rounds(by.name, recipe.rounds)
     structures = structures_of(recipe, by, evidence)
     rule = rule_of_recipe(recipe, structures)
     heads, channels = by(evidence, recipe.seed), channel_scores(by, evidence, structures, recipe.seed)
@@ -78,12 +89,13 @@ def decide(evidence: Scores, directory: Path, recipe: Recipe, dry_run: bool) -> 
     def choose(heads: UnitScores, channels: UnitScores | None, part: float = 1.0) -> PruningPlan:
         return chooser(rule.part(part), groups, pricing, in_loss=by.in_loss, seed=drawn)(heads, channels)
 
-    plan = choose(heads, channels, 1 / recipe.rounds)
-    if recipe.rounds > 1 and loaded is not None:
+    rounds = rounds_worth_making(choose, heads, channels, recipe.rounds) if recipe.rounds > 1 else 1
+    plan = choose(heads, channels, 1 / rounds)
+    if rounds > 1 and loaded is not None:
         text = calibration_of(loaded, recipe, evidence.facts)
-        plan = in_rounds(loaded, plan, choose, text, recipe.rounds, repaired=recipe.repair, seed=recipe.seed)
+        plan = in_rounds(loaded, plan, choose, text, rounds, repaired=recipe.repair, seed=recipe.seed)
     shares = None
-    if "heads" in structures and recipe.rounds == 1:
+    if "heads" in structures and rounds == 1:
         shares = shares_removed(evidence, recipe.criterion, lambda resampled: choose(resampled, channels))
     saturated = evidence.facts.get("saturated_layers")
     if saturated and by.counted:

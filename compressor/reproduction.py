@@ -67,8 +67,9 @@ def reproduce(name: str, scores: Scores, dense: LoadedModel, recipe: Recipe) -> 
     """Prune by the paper's ratios, measure, and set what was found beside what was published: JSON-ready."""
     data = data_for(dense, recipe)
     groups = [layer.group_index for layer in attention_layers(dense.model)]
-    scope = recipe.scope or "layer"
-    choose = partial(allocate, scope=scope, unit=recipe.unit, groups=groups, allow_empty=recipe.allow_empty)
+    choose = partial(
+        allocate, scope=recipe.scope_in_force, unit=recipe.unit_in_force, groups=groups, allow_empty=recipe.allow_empty
+    )
     ours = criterion(recipe.criterion)(scores, recipe.seed)
     plans = {f"{recipe.criterion} {ratio:.0%}": choose(ours, ratio) for ratio in RATIOS}
     draws = range(recipe.seed, recipe.seed + recipe.random_seeds)

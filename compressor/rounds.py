@@ -34,6 +34,29 @@ def check_rounds(criterion: str, rounds: int) -> None:
         )
 
 
+def rounds_worth_making(choose: Choose, heads: UnitScores, channels: UnitScores | None, rounds: int) -> int:
+    """The most rounds up to so many of which, by the scores at hand, each removes more than the one before.
+
+    Args:
+        choose: as for `in_rounds`.
+        heads, channels: the scores before the first round.
+        rounds: how many were asked for.
+
+    Raises:
+        PlanError: what all rounds together are to remove is out of reach.
+    """
+    whole = choose(heads, channels, 1.0)  # what is out of reach is told by what was asked for, not by a part of it
+    found = min(rounds, whole.removed + whole.removed_channels)
+    while found > 1:
+        plans = [choose(heads, channels, (part + 1) / found) for part in range(found)]
+        if len({(plan.removed, plan.removed_channels) for plan in plans}) == found:
+            break
+        found -= 1
+    if found < rounds:
+        log.info(f"rounds is {rounds}, but so little leaves that {found} will do: of more, some would remove nothing")
+    return found
+
+
 def in_rounds(
     loaded: LoadedModel,
     first: PruningPlan,

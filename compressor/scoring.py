@@ -41,11 +41,11 @@ PAPERS = "gt-fep"  # the criterion that is watched where the one in force cannot
 def score_model(loaded: LoadedModel, recipe: Recipe) -> Scores:
     """Score a model that is already loaded."""
     layers = attention_layers(loaded.model)
+    stop = _stop(recipe, layers) if recipe.until_stable else None
     data = data_for(loaded, recipe)
     log.info(data.describe()[0])
     windows = data.calibration
     analysis = analysis_of(recipe)
-    stop = _stop(recipe, layers) if recipe.until_stable else None
     budget = None if recipe.memory_budget is None else int(recipe.memory_budget * 2**30)
     scoring = HeadScoring(layers, windows.longest, recipe.symbol, analysis, budget, stop)
     module, device = LanguageModel(loaded.model, loaded.task), loaded.model.device
@@ -222,13 +222,13 @@ def _coalition(scoring: HeadScoring, coalition: Coalition, estimator: str) -> di
 
 
 def _stop(recipe: Recipe, layers: Sequence[AttentionLayer]) -> StableMask:
-    assert recipe.ratio is not None  # a recipe that watches heads has no target
-    assert recipe.scope is not None
+    if recipe.ratio is None:
+        raise RecipeError("until_stable watches the heads that a ratio removes; give no target while scoring")
     choose = partial(
         allocate,
         ratio=recipe.ratio,
-        scope=recipe.scope,
-        unit=recipe.unit,
+        scope=recipe.scope_in_force,
+        unit=recipe.unit_in_force,
         groups=[layer.group_index for layer in layers],
         allow_empty=recipe.allow_empty,
     )

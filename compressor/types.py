@@ -115,9 +115,10 @@ class PruningPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Of what leaves: another one tells that a plan was edited."""
+        """Of what leaves, and of the rule that says how much: another one tells that a plan was edited."""
         leaving = [[[index, sorted(gone)] for index, gone in sorted(of.items())] for of in (self.heads, self.channels)]
-        return hashlib.sha256(json.dumps(leaving).encode()).hexdigest()[:16]
+        rule = [self.ratio, self.target, self.scope, self.unit, self.structures, self.align, self.allow_empty]
+        return hashlib.sha256(json.dumps([leaving, rule, self.rounds]).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""

@@ -35,6 +35,8 @@ class Rule:
 
     def part(self, share: float) -> Rule:
         """The rule for a part of the way, such as half of a ratio."""
+        if share == 1:
+            return self  # 1 - (1 - 0.1) is not 0.1
         return replace(
             self,
             ratio=None if self.ratio is None else self.ratio * share,
@@ -96,7 +98,7 @@ def choose(
     cut: dict[int, tuple[int, ...]] = {}
     predicted = None
     if rule.counts is not None:
-        leaving = _lowest(heads, rule.counts[0])
+        leaving = _lowest_portions(heads, rule.counts[0], rule.unit, groups)
         cut = _lowest(channels, rule.counts[1]) if channels is not None else {}
     elif rule.target is not None:
         assert costs is not None
@@ -134,6 +136,20 @@ def _lowest(scores: UnitScores, counts: Mapping[int, int]) -> dict[int, tuple[in
     """So many units of every layer, those with the lowest scores."""
     ranked = {index: sorted(range(len(layer)), key=layer.__getitem__) for index, layer in enumerate(scores.values)}
     return {index: tuple(sorted(ranked[index][:count])) for index, count in counts.items() if count}
+
+
+def _lowest_portions(
+    heads: UnitScores, counts: Mapping[int, int], unit: str, groups: Sequence[Sequence[int]] | None
+) -> dict[int, tuple[int, ...]]:
+    """So many heads of every layer, in the lowest portions; the lowest heads where no whole portions are so many."""
+    found = _lowest(heads, counts)
+    for index, gone in found.items():
+        leaving: list[int] = []
+        for _, portion in head_portions(heads.values[index], unit, None if groups is None else groups[index]):
+            leaving += portion if len(leaving) < len(gone) else ()
+        if len(leaving) == len(gone):
+            found[index] = tuple(sorted(leaving))
+    return found
 
 
 def _queues(

@@ -52,11 +52,8 @@ class Criterion:
         Raises:
             RecipeError: the criterion says nothing of channels, or the scoring run did not look at them.
         """
-        if self.channels is None:
-            able = ", ".join(entry.name for entry in criteria() if entry.channels is not None)
-            raise RecipeError(
-                f"{self.name} says nothing of channels of MLPs; give --structures heads, or one of {able}"
-            )
+        self.check_channels()
+        assert self.channels is not None
         if not self.answers_channels(scores):
             what = f"{self.needs} values of channels" if self.needs else "channels of MLPs"
             again = f"--values {self.needs}" if self.needs else f"--criterion {self.name}"
@@ -64,6 +61,18 @@ class Criterion:
             then = f"score again with {again}" if reason is None else f"{reason}; give --structures heads"
             raise RecipeError(f"the scores hold no {what}; {then}")
         return UnitScores(self.name, tuple(tuple(mlp) for mlp in self.channels(scores, seed)))
+
+    def check_channels(self) -> None:
+        """Refuse to score channels by a criterion that says nothing of them.
+
+        Raises:
+            RecipeError: it does not.
+        """
+        if self.channels is None:
+            able = ", ".join(entry.name for entry in criteria() if entry.channels is not None)
+            raise RecipeError(
+                f"{self.name} says nothing of channels of MLPs; give --structures heads, or one of {able}"
+            )
 
     def answers_channels(self, scores: Scores) -> bool:
         """Whether the criterion scores channels, and a scoring run holds what it needs for every MLP."""

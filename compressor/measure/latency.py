@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ SHARES = (0.75, 0.5, 0.25)  # of the heads, then of the channels, that the copie
 class LatencyTable:
     """Seconds of one prefill by the share of heads, or of channels, that every layer has left.
 
-    `points[structure]` are (share left, seconds), from the dense model down; seconds never rise on the way, and
-    `timed[structure]` are the medians as they were measured, which may. Where they do, `smoothed` names the structure.
+    `points[structure]` are (share left, seconds), from the dense model down; seconds never rise on the way, and copies
+    with the same share are one point. `timed[structure]` are the medians as they were measured, which may rise. Where
+    they do, `smoothed` names the structure.
     """
 
     batch_size: int
@@ -45,7 +47,9 @@ class LatencyTable:
     @classmethod
     def of(cls, written: Mapping[str, Any]) -> LatencyTable:
         """The table that `to_dict` wrote."""
-        points = {name: tuple((left, seconds) for left, seconds in of) for name, of in written["points"].items()}
+        points = {
+            name: tuple((float(left), float(seconds)) for left, seconds in of) for name, of in written["points"].items()
+        }
         timed = {name: tuple(seconds) for name, seconds in written["timed"].items()}
         return cls(**{**written, "points": points, "timed": timed, "smoothed": tuple(written["smoothed"])})
 
@@ -106,11 +110,18 @@ def table_of(
     points: dict[str, tuple[tuple[float, float], ...]] = {}
     smoothed = []
     for structure, seconds in timed.items():
-        falling = _falling(seconds)
-        if falling != list(seconds):
+        alike: dict[float, list[float]] = {1.0: [seconds[0]]}
+        for share, second in zip(left[structure], seconds[1:], strict=True):
+            if share < 1:  # a copy that lost nothing is no news of the dense model
+                alike.setdefault(share, []).append(second)
+        means = [fmean(times) for times in alike.values()]
+        falling = _falling(means)
+        if falling != means:
             smoothed.append(structure)
-        falling = [second - falling[0] + seconds[0] for second in falling]  # one dense model for both structures
-        points[structure] = tuple(zip((1.0, *left[structure]), falling, strict=True))
+        # one dense model for both structures, and no more saved than was seen
+        points[structure] = tuple(
+            (share, min(second, seconds[0])) for share, second in zip(alike, falling, strict=True)
+        )
     return LatencyTable(
         points=points,
         timed={structure: tuple(seconds) for structure, seconds in timed.items()},
@@ -153,8 +164,6 @@ def _units(layer: Layer) -> int:
 def _interpolated(points: Sequence[tuple[float, float]], shares: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Seconds at shares left; below the least that was timed, as steep as just above it, and never below zero."""
     left, seconds = (np.array(numbers[::-1]) for numbers in zip(*points, strict=True))
-    left, places = np.unique(left, return_index=True)
-    seconds = seconds[places]
     slope = (seconds[1] - seconds[0]) / (left[1] - left[0]) if len(left) > 1 else 0.0
     below = np.maximum(0.0, seconds[0] - slope * (left[0] - shares))
     found: np.ndarray[Any, Any] = np.where(shares < left[0], below, np.interp(shares, left, seconds))

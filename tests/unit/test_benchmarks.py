@@ -217,6 +217,8 @@ def test_budgets_follow_the_verbs(tables: ModuleType, models: dict[str, str], te
     assert rows["heads alone, repaired"]["plan"]["removed_channels"] == 0
     assert document["differences"]["reference"] == "repaired"
     assert {"repaired, 2 rounds", "repaired, recovered", "dense"} < set(document["differences"]["against"])
+    named = document["random"]
+    assert {*named["draws_beaten"], *named["best_draw_beaten_by"]} <= rows.keys()
     assert str(tmp_path) not in json.dumps(document)
     written = tables.table(document)
     assert "| `loss-game`, repaired, recovered |" in written

@@ -183,6 +183,7 @@ def test_an_unreachable_global_ratio_says_how_far_one_can_go():
 def test_plans_are_ready_for_json(scope, allow_empty):
     document = allocate(scores([2, 1, 3], [9, 7, 8]), 0.3, scope, allow_empty=allow_empty, seed=4).to_dict()
     gone = [[0, [1]], [1, [1]]] if scope == "layer" else [[0, [0, 1]]]
+    rule = [0.3, None, scope, "head", ["heads"], 8, allow_empty]
     assert document == {
         "criterion": "test",
         "ratio": 0.3,
@@ -192,11 +193,12 @@ def test_plans_are_ready_for_json(scope, allow_empty):
         "align": 8,
         "rounds": 1,
         "edited": False,
+        "rounds": 1,
         "channels_per_layer": [],
         "removed_channels": 0,
         "total_channels": 0,
         "channels": {},
-        "fingerprint": hashlib.sha256(json.dumps([gone, []]).encode()).hexdigest()[:16],
+        "fingerprint": hashlib.sha256(json.dumps([[gone, []], rule, 1]).encode()).hexdigest()[:16],
         "scope": scope,
         "unit": "head",
         "allow_empty": allow_empty,

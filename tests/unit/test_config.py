@@ -167,13 +167,14 @@ def test_a_recipe_never_changes() -> None:
 
 
 def test_a_ratio_where_nothing_else_is_said() -> None:
-    assert (Recipe().ratio, Recipe().scope, Recipe().target, Recipe().unit) == (0.2, "layer", None, "head")
+    plain = Recipe()
+    assert (plain.ratio, plain.scope_in_force, plain.target, plain.unit_in_force) == (0.2, "layer", None, "head")
     aimed = Recipe(target_params=0.7)
-    assert (aimed.ratio, aimed.scope, aimed.target) == (None, "global", ("params", 0.7))
-    assert Recipe(target_flops=0.7, scope="layer").scope == "layer"
+    assert (aimed.ratio, aimed.scope_in_force, aimed.target) == (None, "global", ("params", 0.7))
+    assert Recipe(target_flops=0.7, scope="layer").scope_in_force == "layer"
     even = Recipe(target_latency=0.7, deployable=True)
-    assert (even.scope, even.unit, even.target) == ("layer", "query", ("latency", 0.7))
-    assert Recipe(deployable=True, unit="group").unit == "group"
+    assert (even.scope_in_force, even.unit_in_force, even.target) == ("layer", "query", ("latency", 0.7))
+    assert Recipe(deployable=True, unit="group").unit_in_force == "group"
 
 
 @pytest.mark.parametrize("settings", [{}, {"target_flops": 0.7}, {"target_params": 0.7, "deployable": True}])
@@ -194,8 +195,15 @@ def test_a_budget_on_the_command_line_takes_the_place_of_the_recipes(tmp_path: P
     assert "both say" in refused(target_params=0.3, target_flops=0.7)
 
 
-def test_heads_cannot_be_watched_for_a_target() -> None:
-    assert "no target while scoring" in refused(target_flops=0.7, until_stable=True, criterion="gt-fep")
+def test_what_was_left_open_stays_open_in_a_recipe(tmp_path: Path) -> None:
+    """A saved or shipped recipe with another budget takes the scope and unit that go with that budget."""
+    (tmp_path / "plain.yaml").write_text(Recipe().to_yaml())
+    (tmp_path / "even.yaml").write_text(Recipe(deployable=True).to_yaml())
+    for config in (tmp_path / "plain.yaml", "embedded.yaml", "gpt2-gsm8k.yaml"):
+        assert resolve(config, {"target_flops": 0.8}).scope_in_force == "global"
+        assert resolve(config, {}).scope_in_force == "layer"
+    loose = resolve(tmp_path / "even.yaml", {"deployable": False, "target_flops": 0.8})
+    assert (loose.unit_in_force, loose.scope_in_force) == ("head", "global")
 
 
 @pytest.mark.parametrize("structures", [[], ["heads", "heads"], ["neurons"]])

@@ -20,7 +20,7 @@ from compressor.errors import CompressorError, PlanError
 from compressor.measure.latency import table_of
 from compressor.mlp import mlp_layers
 from compressor.types import MLPScores, PruningPlan, Scores
-from tests.conftest import Outcome, tiny_model
+from tests.conftest import Outcome, tiny_model, write_documents
 
 Compress = Callable[..., Outcome]
 QUICK: dict[str, Any] = {"repeats": 1, "prompt_length": 6, "new_tokens": 3}
@@ -142,6 +142,11 @@ def test_a_target_by_the_clock(
     document = json.loads(Path("fast/plan.json").read_text())
     told = document["target"]
     assert document["latency_table"] == json.loads(json.dumps(table.to_dict()))
+    for points in {}, {"heads": document["latency_table"]["points"]["heads"]}:
+        damaged = edited(document, latency_table=document["latency_table"] | {"points": points} if points else None)
+        Path("bad.json").write_text(json.dumps(damaged))
+        refused = compress("prune", "--plan", "bad.json", "--dry-run", "-q")
+        assert (refused.code, "latency_table in bad.json is missing or damaged" in refused.err) == (2, True)
     assert 0.8 < told["predicted"] <= 0.85 + 1e-9
     assert told["found"] == told["timed"]["share"]["median"] > 0
     assert f"prefill time left: 85.00% asked, {told['predicted']:.2%} predicted, {told['found']:.2%} timed" in said.out
@@ -244,6 +249,48 @@ def test_an_edited_plan_is_done_and_called_so(scored: pipeline.ScoreRun, compres
         assert row["costs"]["parameters"] == run.document["costs"]["pruned"]["parameters"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"ratio": 0.3}, {"scope": "global"}, {"unit": "query"}, {"align": 4}, {"allow_empty": True}, {"rounds": 2}],
+)
+def test_an_edited_rule_is_an_edit(scored: pipeline.ScoreRun, compress: Compress, changes: dict[str, Any]) -> None:
+    document = dry(compress, scored, "--ratio", "0.2")
+    for what, by_hand in (({}, False), (changes, True)):
+        Path("mine.json").write_text(json.dumps(edited(document, **what)))
+        assert compressor.prune(plan="mine.json", dry_run=True).plan.edited is by_hand
+
+
+def test_rounds_of_a_plan_are_kept(scored: pipeline.ScoreRun, compress: Compress) -> None:
+    document = dry(compress, scored, "--ratio", "0.5", "--rounds", "2")
+    Path("mine.json").write_text(json.dumps(document))
+    plan = compressor.prune(plan="mine.json", dry_run=True).plan
+    assert (plan.rounds, plan.edited) == (2, False)
+
+
+def test_a_plan_of_an_older_version_is_no_edit(scored: pipeline.ScoreRun, compress: Compress) -> None:
+    document = edited(dry(compress, scored, "--ratio", "0.2"), fingerprint=None)
+    for changes, by_hand in ({}, False), ({"heads": {"0": [1]}}, True), ({"heads_per_layer": None}, True):
+        Path("mine.json").write_text(json.dumps(edited(document, **changes)))
+        assert compressor.prune(plan="mine.json", dry_run=True).plan.edited is by_hand
+
+
+def test_the_text_that_chose_a_plan_is_remembered_beside_other_scores(
+    here: Path, models: dict[str, str], compress: Compress, tmp_path: Path
+) -> None:
+    first, second, third = (write_documents(tmp_path / f"{seed}.jsonl", 20, seed) for seed in (71, 72, 73))
+    for name, text in ("sa", first), ("sb", second):
+        compressor.score(model=models["gpt2"], data=str(text), eval_data=str(third), samples=0, output_dir=name)
+    Path("plan.json").write_text(compress("prune", "--scores", "sa", "--dry-run", "--json").out)
+    mine = compressor.prune(plan="plan.json", scores="sb", export=True, repair=False, output_dir="mine")
+    again = compressor.prune(plan="mine/plan.json", scores="sb", export=True, repair=False, output_dir="again")
+    assert again.document["base"] == mine.document["base"]
+    for run in (mine, again):
+        assert run.document["scores"]["data"]["name"] == second.name
+        for text in (first, second):
+            refused = compress("bench", "--against", run.checkpoint, "--data", third, "--eval-data", text, "-q")
+            assert (refused.code, "documents of" in refused.err, "calibrated" in refused.err) == (2, True, True)
+
+
 def test_a_plan_by_hand_needs_no_scores(here: Path, models: dict[str, str], texts: str) -> None:
     """It is repaired on the text that is named."""
     Path("mine.json").write_text(json.dumps({"plan": {"heads": {"0": [3]}}}))
@@ -265,11 +312,15 @@ def test_a_layer_is_emptied_where_the_plan_allows(here: Path, models: dict[str, 
     assert compressor.prune(plan="mine.json", model=models["gpt2"], repair=False).plan.removed == 4
 
 
+SETTINGS = {"data": None, "eval_data": None, "part": "both", "samples": 0, "max_length": None}
+TABLE = {"batch_size": 1, "prompt_length": 1, "repeats": 1, "timed": {}, "smoothed": []}
+
+
 def edited(document: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """A document with another plan, or with parts of it changed; None takes a part away."""
     made = copy.deepcopy(document)
     for name, value in changes.items():
-        where = made if name in ("plan", "base", "scores") else made["plan"]
+        where = made if name in ("plan", "base", "scores", "latency_table") else made["plan"]
         where[name] = value
         if value is None:
             del where[name]
@@ -305,7 +356,20 @@ def edited(document: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"plan": {}}, "no plan"),
         ({"plan": []}, "no plan"),
         ({"base": []}, "base"),
-        ({"scores": {"seed": 1}}, "data"),
+        ({"scores": {"seed": 1}}, "scores"),
+        ({"scores": {"seed": 1, "data": {"fingerprint": "x"}, "settings": {}}}, "scores"),
+        ({"scores": {"seed": 1, "data": {}, "settings": SETTINGS}}, "scores"),
+        ({"scores": {"seed": 1, "data": {"fingerprint": "x", "hashes": 3}, "settings": SETTINGS}}, "scores"),
+        ({"scores": {"seed": 1, "data": {"fingerprint": "x"}, "settings": SETTINGS | {"samples": "x"}}}, "samples"),
+        ({"latency_table": {"points": {"heads": [[1, 1]]}}}, "latency_table"),
+        ({"latency_table": TABLE | {"points": {}}}, "latency_table"),
+        ({"latency_table": TABLE | {"points": {"heads": [[1.0, "x"]]}}}, "latency_table"),
+        ({"base": {"scored": [1]}}, "base"),
+        ({"predicted": "x"}, "predicted"),
+        ({"structures": 3}, "structures"),
+        ({"structures": ["neurons"]}, "structures"),
+        ({"rounds": "two"}, "rounds"),
+        ({"rounds": 0}, "rounds"),
         ({"base": {"model": None, "identity": {"x": 1}}}, "which model"),
     ],
 )

@@ -61,7 +61,7 @@ def test_every_model_of_the_paper_has_a_recipe_of_its_own() -> None:
     for name in PUBLISHED:
         recipe = resolve(f"paper-{name}.yaml", {})
         assert recipe.model in MODELS[name]
-        assert (recipe.symbol, recipe.samples, recipe.scope) == ("sequence", 500, "layer")
+        assert (recipe.symbol, recipe.samples, recipe.scope_in_force) == ("sequence", 500, "layer")
 
 
 def test_a_model_the_paper_does_not_have(here: Path) -> None:

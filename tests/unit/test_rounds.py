@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import compressor
+from compressor import pipeline, pruning
 from compressor.attention import attention_layers
 from compressor.budget import Rule, choose
 from compressor.config import Recipe
 from compressor.damage import damages, site_of
-from compressor.errors import RecipeError
+from compressor.errors import PlanError, RecipeError
 from compressor.module import LanguageModel
 from compressor.preparation import calibration_of, load_for
 from compressor.removal import remove, silence
@@ -98,6 +99,38 @@ def test_rounds_over_heads_and_channels_meet_a_target(models, texts, here: Path)
     assert plan["target"]["found"] <= 0.8
     assert plan["removed_in_resamples"] is None
     assert pruned.plan.channels
+
+
+def test_rounds_that_would_remove_nothing_are_not_made(models, texts, here: Path, monkeypatch):
+    compressor.score(model=models["gpt2"], data=texts, output_dir="s")
+    with monkeypatch.context() as patched:
+        patched.setattr(pruning, "in_rounds", None)
+        once = compressor.prune(scores="s", ratio=0.2, rounds=2, output_dir="p")  # ⌈0.1 · 4⌉ = ⌈0.2 · 4⌉
+    assert once.plan == compressor.prune(scores="s", ratio=0.2, dry_run=True).plan
+    assert (once.plan.rounds, once.document["plan"]["rounds"]) == (1, 1)
+    assert once.document["removed_in_resamples"] is not None
+    assert compressor.prune(scores="s", ratio=0.75, rounds=9, dry_run=True).plan.rounds == 3  # three heads of four
+
+
+def test_a_target_out_of_reach_is_told_before_any_round(models, texts, here: Path, monkeypatch):
+    compressor.score(model=models["gpt2"], data=texts, output_dir="s")
+    monkeypatch.setattr(pruning, "calibration_of", None)
+    with pytest.raises(PlanError, match=r"target_flops is 0\.1; "):
+        compressor.prune(scores="s", target_flops=0.1, rounds=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"criterion": "gt-fep", "rounds": 2}, "is not asked again"),
+        ({"criterion": "entropy", "structures": ["channels"]}, "says nothing of channels"),
+    ],
+)
+def test_what_no_scores_can_answer_costs_no_scoring(models, texts, here: Path, monkeypatch, settings, says):
+    monkeypatch.setattr(pipeline, "score_model", None)
+    for verb in (compressor.run, compressor.prune):
+        with pytest.raises(RecipeError, match=says):
+            verb(model=models["gpt2"], data=texts, **settings)
 
 
 def test_a_criterion_that_is_not_asked_again_knows_no_rounds(models, texts, here: Path):

@@ -22,7 +22,7 @@ from compressor.confidence import (
     rank_intervals,
     triple_verdicts,
 )
-from compressor.config import Recipe
+from compressor.config import Recipe, resolve
 from compressor.criteria import criteria, criterion
 from compressor.data import TextDataModule
 from compressor.errors import RecipeError
@@ -319,6 +319,10 @@ def test_an_early_stop_leaves_the_model_as_it_was(here: Path, models, many):
 def test_a_run_that_cannot_be_watched_is_refused_before_anything_is_counted(here: Path, models, texts):
     with pytest.raises(RecipeError, match="until_stable watches"):
         compressor.score(model=models["gpt2"], data=texts, criterion="magnitude", until_stable=True)
+    target = {"criterion": "gt-fep", "target_flops": 0.7, "until_stable": True}
+    with pytest.raises(RecipeError, match="give no target while scoring"):
+        compressor.score(model=models["gpt2"], data=texts, **target)
+    assert resolve(None, target).target == ("flops", 0.7)  # other verbs may read the same recipe
     assert not list(here.iterdir())
 
 

@@ -264,6 +264,29 @@ def test_a_rule_comes_back_from_its_plan() -> None:
     assert Rule.of(old) == Rule(ratio=0.2)
 
 
+def test_the_whole_way_is_the_rule_itself() -> None:
+    for rule in (Rule(target=("flops", 0.1)), Rule(ratio=0.3)):
+        assert rule.part(1.0) is rule
+    assert Rule(target=("flops", 0.5)).part(0.5).target == ("flops", 0.75)
+
+
+@pytest.mark.parametrize(
+    ("unit", "count", "expected"),
+    [
+        ("group", 3, (3, 4, 5)),
+        ("query", 2, (0, 3)),
+        ("head", 3, (0, 1, 3)),
+        ("group", 2, (0, 1)),
+        ("query", 3, (0, 1, 3)),
+    ],
+)
+def test_rivals_of_an_edited_plan_take_whole_portions(unit: str, count: int, expected: tuple[int, ...]) -> None:
+    """Single heads only where no number of whole portions is as many."""
+    rule = Rule(counts=({0: count}, {}), unit=unit)
+    plan = choose(rule, scores([[1, 2, 30, 6, 7, 8]]), groups=[[0, 0, 0, 1, 1, 1]])
+    assert (plan.heads, plan.unit) == ({0: expected}, unit)
+
+
 def test_rivals_of_an_edited_plan_take_as_many_from_every_layer() -> None:
     document = aimed([[1, 2, 3], [1, 2, 3]], [[1, 2, 3, 4]], 0.7, {"heads": 1.0, "channels": 1.0}).to_dict()
     document |= {"edited": True, "heads": {"1": [0, 2]}, "channels": {"0": [3]}}
