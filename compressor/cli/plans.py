@@ -14,7 +14,7 @@ _PORTIONS = {"head": "heads", "query": "heads of every group", "group": "groups"
 _COSTS = {"flops": "FLOPs", "params": "parameters", "latency": "prefill time"}
 CAPTIONS = {
     "in resamples": "in resamples: how often each would go if other documents of the kind had been counted",
-    "output error": "output error: behind a layer, those of earlier ones included, as a share of its output: as cut → repaired",
+    "output error": "output error: behind a layer, earlier ones' included, as a share of its output: as cut → repaired",
 }
 
 

@@ -193,7 +193,6 @@ def test_plans_are_ready_for_json(scope, allow_empty):
         "align": 8,
         "rounds": 1,
         "edited": False,
-        "rounds": 1,
         "channels_per_layer": [],
         "removed_channels": 0,
         "total_channels": 0,
