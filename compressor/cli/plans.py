@@ -51,6 +51,7 @@ def _headline(result: PruneRun) -> str:
     line = f"{plan.criterion}: {' and '.join(parts)} go; "
     if "given" in result.document:
         return line + f"the plan is that of {result.document['given']}{', edited' if plan.edited else ''}"
+    line += f"in {plan.rounds} rounds; " if plan.rounds > 1 else ""
     rule = "in every layer" if plan.scope == "layer" else "over the whole model"
     if plan.target is not None:
         kind, share = plan.target

@@ -133,6 +133,13 @@ def test_what_no_scores_can_answer_costs_no_scoring(models, texts, here: Path, m
             verb(model=models["gpt2"], data=texts, **settings)
 
 
+def test_rounds_are_told(compress, models, texts, here: Path):
+    compressor.score(model=models["gpt2"], data=texts, output_dir="s")
+    shown = compress("prune", "--scores", "s", "--ratio", "0.5", "--rounds", "2", "--no-repair").out
+    assert "4 of 8 heads (50.0%) go; in 2 rounds; the rule" in " ".join(shown.split())
+    assert "rounds" not in compress("prune", "--scores", "s", "--ratio", "0.5", "--no-repair").out
+
+
 def test_a_criterion_that_is_not_asked_again_knows_no_rounds(models, texts, here: Path):
     compressor.score(model=models["gpt2"], data=texts, criterion="gt-fep", output_dir="s")
     with pytest.raises(RecipeError, match="rounds is 2, but gt-fep is not asked again as heads leave; use one"):
