@@ -15,13 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import record
+
 import compressor
 from compressor.console import log, show_logs
 from compressor.criteria import criteria
-from compressor.environment import machine, versions
-from compressor.files import to_json
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def budgets(args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -137,11 +135,7 @@ def main() -> None:
     show_logs(quiet=False)
     with tempfile.TemporaryDirectory() as work:
         document = budgets(args, Path(work))
-    document |= {"model": Path(args.model).name, "machine": machine(args.device), "versions": versions()}
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"budgets-{args.name}.json"
-    target.write_text(to_json(document), encoding="utf-8")
-    log.info(f"written: benchmarks/results/{target.name}")
+    record.write(document | {"model": Path(args.model).name}, f"budgets-{args.name}", args.device)
 
 
 if __name__ == "__main__":

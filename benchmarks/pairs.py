@@ -16,24 +16,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 
 from compressor import comparison
 from compressor.attention import attention_layers
 from compressor.budget import Rule, choose, heads_to_remove
 from compressor.config import Recipe
-from compressor.console import log, show_logs
+from compressor.console import show_logs
 from compressor.damage import Slopes, loss_game, site_of, slopes
 from compressor.damage.values import SHARE
-from compressor.environment import machine, versions
-from compressor.files import to_json
 from compressor.loading import load_model
 from compressor.module import LanguageModel
 from compressor.preparation import data_for
 from compressor.rounds import in_rounds
 from compressor.types import PruningPlan, UnitScores
 
-RESULTS = Path(__file__).parent / "results"
 RIDGES = (10.0, 100.0)  # windows' worth of slopes that say there is no pair
 
 
@@ -162,11 +160,7 @@ def main() -> None:
     args = parser.parse_args()
     show_logs(quiet=False)
     document = pairs(args)
-    document |= {"model": Path(args.model).name, "machine": machine(args.device), "versions": versions()}
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"pairs-{args.name}.json"
-    target.write_text(to_json(document), encoding="utf-8")
-    log.info(f"written: benchmarks/results/{target.name}")
+    record.write(document | {"model": Path(args.model).name}, f"pairs-{args.name}", args.device)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 import torch_pruner
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -37,8 +38,6 @@ from compressor.config import Recipe
 from compressor.console import log, show_logs
 from compressor.criteria import criteria, criterion, random_scores
 from compressor.data import TextDataModule
-from compressor.environment import machine, versions
-from compressor.files import to_json
 from compressor.loading import LoadedModel, load_model
 from compressor.measure.costs import measure_costs
 from compressor.measure.prices import flop_prices
@@ -52,7 +51,6 @@ from compressor.scoring import score_model
 from compressor.trainer import run_perplexity
 from compressor.types import PruningPlan, Scores, UnitScores
 
-RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.05, 0.1, 0.2)
 SCOPES = ("layer", "global")
 TARGET = 0.82  # of the FLOPs, left by speed's last model
@@ -245,15 +243,8 @@ def main() -> None:
     args = parser.parse_args()
     show_logs(quiet=False)
     document = {"quality": quality, "speed": speed}[args.suite](args)
-    document |= {
-        "model": Path(args.model).name if args.model else "GPT-2 small's shape, random weights",
-        "machine": machine(args.device),
-        "versions": versions(),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"{args.suite}-{args.name}.json"
-    target.write_text(to_json(document), encoding="utf-8")
-    log.info(f"written: benchmarks/results/{target.name}")
+    document["model"] = Path(args.model).name if args.model else "GPT-2 small's shape, random weights"
+    record.write(document, f"{args.suite}-{args.name}", args.device)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import record
 from transformers import PreTrainedModel
 
 from compressor import comparison
@@ -25,14 +26,11 @@ from compressor.budget import allocate
 from compressor.config import Recipe
 from compressor.console import log, show_logs
 from compressor.criteria import criterion
-from compressor.environment import machine, versions
-from compressor.files import to_json
 from compressor.loading import LoadedModel, load_model
 from compressor.preparation import data_for
 from compressor.removal import remove
 from compressor.scoring import score_model
 
-RESULTS = Path(__file__).parent / "results"
 CRITERION = "loss-game"
 SCOPES = ("layer", "global")
 
@@ -133,14 +131,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     show_logs(quiet=False)
-    document = sensitivity(args) | {
-        "model": Path(args.model).name,
-        "machine": machine(args.device),
-        "versions": versions(),
-    }
-    target = RESULTS / f"sensitivity-{args.name}.json"
-    target.write_text(to_json(document), encoding="utf-8")
-    log.info(f"written: benchmarks/results/{target.name}")
+    document = sensitivity(args) | {"model": Path(args.model).name}
+    record.write(document, f"sensitivity-{args.name}", args.device)
 
 
 if __name__ == "__main__":
